@@ -1,0 +1,12 @@
+"""SPADE as Hugging Face models. Importing this registers them with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from .configuration_spade import SpadeConfig
+from .modeling_spade import SpadeForSequenceClassification, SpadeModel, SpadePreTrainedModel
+
+AutoConfig.register(SpadeConfig.model_type, SpadeConfig, exist_ok=True)
+AutoModel.register(SpadeConfig, SpadeModel, exist_ok=True)
+AutoModelForSequenceClassification.register(SpadeConfig, SpadeForSequenceClassification, exist_ok=True)
+
+__all__ = ["SpadeConfig", "SpadeForSequenceClassification", "SpadeModel", "SpadePreTrainedModel"]

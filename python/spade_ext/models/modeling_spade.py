@@ -1,0 +1,222 @@
+# Copyright 2026 The spade-ext developers.
+"""SPADE: layers of local attention, of which the bottom one also has a state space model (arXiv 2212.08136)."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..nn import S4, LocalAttention, RelativePositionBias
+from .configuration_spade import SpadeConfig
+
+
+class SpadeMixer(nn.Module):
+    """Mixes tokens: local attention, and in the layers of `ssm_layers` a state space model on the same input.
+
+    There the two are normalised apart, concatenated, the global part first, and projected back to the width.
+    """
+
+    def __init__(self, config: SpadeConfig, layer: int):
+        super().__init__()
+        width = config.hidden_size
+        owns_position = config.position is not None and (layer == 0 or not config.position_shared)
+        self.attention = LocalAttention(
+            width,
+            config.num_attention_heads,
+            window=tuple(config.window),
+            position=config.position if owns_position else None,
+            num_buckets=config.position_num_buckets,
+            max_distance=config.position_max_distance,
+        )
+        self.has_ssm = layer in config.ssm_layers
+        if self.has_ssm:
+            self.ssm = S4(
+                width,
+                config.ssm_d_state,
+                kernel=config.ssm_kind,
+                init=config.ssm_init,
+                n_ssm=config.ssm_n_ssm,
+                bidirectional=not config.causal,
+                disc=config.ssm_disc,
+                lr=config.ssm_lr,
+            )
+            self.ssm_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.aggregate = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor:
+        local = self.attention(x, attention_mask, position_bias)
+        if not self.has_ssm:
+            return local
+        mixed = torch.cat([self.ssm_norm(self.ssm(x, attention_mask)), self.attention_norm(local)], dim=-1)
+        return self.aggregate(mixed)
+
+
+class SpadeFeedForward(nn.Module):
+    def __init__(self, config: SpadeConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.dropout(self.activation(self.fc1(x))))
+
+
+class SpadeLayer(GradientCheckpointingLayer):
+    """A mixer and a feed-forward, each with a residual connection."""
+
+    def __init__(self, config: SpadeConfig, layer: int):
+        super().__init__()
+        self.prenorm = config.prenorm
+        self.mixer = SpadeMixer(config, layer)
+        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = SpadeFeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None
+    ) -> Tensor:
+        x = hidden_states
+        if self.prenorm:
+            x = x + self.dropout(self.mixer(self.mixer_norm(x), attention_mask, position_bias))
+            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.mixer_norm(x + self.dropout(self.mixer(x, attention_mask, position_bias)))
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+
+
+class SpadePreTrainedModel(PreTrainedModel):
+    config: SpadeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SpadeLayer"]
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": SpadeLayer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Attention's Linears are visited before their LocalAttention, which gives them the weights that stay.
+        super()._init_weights(module)
+        if isinstance(module, S4):
+            for name, value in module.initial_values().items():
+                init.copy_(getattr(module, name), value)
+        elif isinstance(module, (LocalAttention, RelativePositionBias)):
+            module.reset_parameters()
+
+
+class SpadeModel(SpadePreTrainedModel):
+    """The encoder: embedding, layers and, with `prenorm`, a last LayerNorm."""
+
+    def __init__(self, config: SpadeConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(SpadeLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.prenorm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """Encode a batch of sequences.
+
+        Args:
+            input_ids: (B, L), token ids; or
+            inputs_embeds: (B, L, D), what the embedding would give.
+            attention_mask: (B, L), True or 1 at real tokens, which may be padded on either side.
+
+        Returns:
+            BaseModelOutput with last_hidden_state (B, L, D). What it holds at padded tokens means nothing.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids and inputs_embeds are both or neither given, expected one of them")
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, expected (B, L)")
+            attention_mask = attention_mask.bool()
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.dropout(x)
+        shared_bias = self.layers[0].mixer.attention.position_bias() if self.config.position_shared else None
+        for layer in self.layers:
+            x = layer(x, attention_mask, shared_bias)
+        return BaseModelOutput(last_hidden_state=self.norm(x))
+
+
+def pool(x: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
+    """(B, L, D) to (B, D): the mean, the first or the last of a sequence's real tokens; 0 where there are none."""
+    if attention_mask is None:
+        attention_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    mask = attention_mask.bool()
+    if pooling == "mean":
+        weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    else:
+        rank = mask.cumsum(1) if pooling == "first" else mask.flip(1).cumsum(1).flip(1)
+        weights = mask & (rank == 1)
+    return torch.einsum("bl,bld->bd", weights.to(x.dtype), x.masked_fill(~mask[..., None], 0))
+
+
+class SpadeClassificationHead(nn.Module):
+    def __init__(self, config: SpadeConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(self.dropout(self.activation(self.dense(x))))
+
+
+class SpadeForSequenceClassification(SpadePreTrainedModel):
+    """SPADE with a classifier over its pooled output."""
+
+    # The Trainer divides the loss by the accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: SpadeConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SpadeModel(config)
+        self.classifier = SpadeClassificationHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Classify a batch of sequences.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: see `SpadeModel.forward`.
+            labels: (B,) int64 for classes; (B,) or (B, num_labels) floating point for regression, as
+                `config.problem_type` says, or num_labels and the labels' dtype where it is None.
+
+        Returns:
+            SequenceClassifierOutput with logits (B, num_labels) and, given labels, the loss.
+        """
+        outputs = self.model(input_ids, attention_mask, inputs_embeds, **kwargs)
+        logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
