@@ -1,0 +1,1 @@
+from . import listops as listops
