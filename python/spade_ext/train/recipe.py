@@ -1,0 +1,148 @@
+"""Recipes: a YAML file that says which task, data, model and training make a result."""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from huggingface_hub.dataclasses import type_validator
+from huggingface_hub.errors import StrictDataclassError
+from transformers import TrainingArguments
+
+from ..models import SpadeConfig
+from .tasks import TASKS
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, in which 1e-3 is a number although it has no point."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+        task: a name of `spade_ext.train.tasks.TASKS`.
+        data: keyword arguments of the task's class.
+        model: fields of `SpadeConfig`; sizes that the task fixes, such as vocab_size, may be left out.
+        training: fields of transformers' `TrainingArguments`.
+    """
+
+    task: str
+    data: dict[str, Any]
+    model: dict[str, Any]
+    training: dict[str, Any]
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}, expected one of {', '.join(TASKS)}")
+        _check_section("data", self.data, TASKS[self.task])
+        _check_section("model", self.model, SpadeConfig)
+        _check_section("training", self.training, TrainingArguments)
+        _check_types("data", self.data, TASKS[self.task])
+        _check_types("training", self.training, TrainingArguments)
+        try:
+            self.model_config()  # checks its own types and combinations
+        except StrictDataclassError as error:
+            raise ValueError(f"model: {error.__cause__ or error}") from None
+        if not self.training.get("output_dir"):
+            raise ValueError("training.output_dir is missing, expected the folder that the run is written to")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read a YAML file and apply overrides such as "model.hidden_size=128" (values are YAML).
+
+        Raises:
+            FileNotFoundError, ValueError: one sentence that names the file, key and value and what was expected.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file, expected a recipe such as recipes/quickstart/listops.yaml")
+        try:
+            content = _parse_yaml(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError(f"the content is {type(content).__name__}, expected keys {', '.join(_keys(cls))}")
+            for override in overrides:
+                _apply_override(content, override)
+            _check_keys("", content, _keys(cls))
+            if missing := [key for key in _keys(cls) if key not in content]:
+                raise ValueError(f"{missing[0]} is missing, expected the keys {', '.join(_keys(cls))}")
+            return cls(**content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, path: str | os.PathLike) -> None:
+        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+
+    def make_task(self) -> Any:
+        return TASKS[self.task](**self.data)
+
+    def model_config(self) -> SpadeConfig:
+        return SpadeConfig(**{**TASKS[self.task].model_options, **self.model})
+
+    def training_arguments(self) -> TrainingArguments:
+        return TrainingArguments(**self.training)
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{place}{getattr(error, 'problem', error)}, expected YAML") from None
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override is {override!r}, expected KEY=VALUE such as model.hidden_size=128")
+    *sections, name = key.split(".")
+    target = content
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"override is {override!r}, but {section} holds no keys")
+    target[name] = _parse_yaml(text)
+
+
+def _keys(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls) if field.init]
+
+
+def _check_keys(prefix: str, content: Iterable[str], known: Sequence[str]) -> None:
+    for key in content:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+            raise ValueError(f"{prefix}{key} is not a known key, the nearest is {prefix}{nearest}")
+
+
+def _check_section(section: str, content: Any, cls: type) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{section} is {content!r}, expected keys and values")
+    _check_keys(f"{section}.", content, _keys(cls))
+
+
+def _check_types(section: str, content: dict[str, Any], cls: type) -> None:
+    hints = get_type_hints(cls)
+    for key, value in content.items():
+        _check_type(f"{section}.{key}", value, hints[key])
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    candidates = [value, float(value)] if type(value) is int else [value]  # an int is a float too
+    for candidate in candidates:
+        try:
+            return type_validator(name, candidate, hint)
+        except TypeError:
+            continue
+    raise ValueError(f"{name} is {value!r}, expected {getattr(hint, '__name__', hint)}")
