@@ -21,7 +21,9 @@ def torch_version() -> str:
     try:
         return importlib.metadata.version("torch").split("+")[0]
     except importlib.metadata.PackageNotFoundError:
-        sys.exit("spade-ext: torch is not installed: run `pip install torch==2.13.0`, or build without --no-build-isolation")
+        sys.exit(
+            "spade-ext: torch is not installed: run `pip install torch==2.13.0`, or build without --no-build-isolation"
+        )
 
 
 def find_program(name: str, *, install: str) -> str:
@@ -32,7 +34,10 @@ class CMakeBuild(build_ext):
     build_folder = ROOT / "build" / sys.implementation.cache_tag
 
     def build_extension(self, ext: Extension) -> None:
-        find_program(os.environ.get("CXX", "c++"), install="install g++ 11 or newer, or name a C++20 compiler in CXX")
+        find_program(
+            shlex.split(os.environ.get("CXX", "c++"))[-1],
+            install="install g++ 11 or newer, or name a C++20 compiler in CXX",
+        )
         self.cmake = find_program("cmake", install="run `pip install cmake`")
         ninja = find_program("ninja", install="run `pip install ninja`")
         configure = [self.cmake, "-S", ROOT, "-B", self.build_folder, "-G", "Ninja"]

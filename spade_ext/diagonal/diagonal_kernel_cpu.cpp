@@ -213,6 +213,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_impl(const Problem<T>& p
   Values<T> grad_w = Values<T>::zeros_like(p.w.tensor), grad_c = Values<T>::zeros_like(p.c.tensor);
   Values<double> grad_log_dt(zeros({p.H}));
   Values<T> rows(zeros({p.H, p.N, int64_t(sizeof(T) / sizeof(double))}));
+  if (p.L == 0) return {grad_w.tensor, grad_c.tensor, grad_log_dt.tensor};
   const scalar_t* g = grad_k.data_ptr<scalar_t>();
   parallel_for_each(
       p.H, [&](int64_t h) { backward_row(p, h, g, rows.data + h * p.N, grad_c.data, grad_log_dt.data); });

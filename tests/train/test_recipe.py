@@ -38,6 +38,13 @@ def test_every_field_can_be_overridden(recipe_file):
     assert recipe.data["generate"] == {"train": 5}
 
 
+def test_values_that_yaml_1_1_reads_otherwise(recipe_file):
+    recipe = Recipe.load(recipe_file, ["training.eval_strategy=no", "training.adam_epsilon=1e-8", "training.bf16=true"])
+    assert recipe.training["eval_strategy"] == "no"
+    assert recipe.training["adam_epsilon"] == 1e-8
+    assert recipe.training["bf16"] is True
+
+
 def test_a_saved_recipe_is_the_same(recipe_file, tmp_path):
     recipe = Recipe.load(recipe_file)
     recipe.save(tmp_path / "saved.yaml")

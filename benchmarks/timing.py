@@ -1,0 +1,159 @@
+"""Times an op beside a named peer in one process and prints a Markdown table, with this machine's own rates.
+
+Speeds are ratios of medians, the peer's time over ours: above 1 ours is the faster one. GFLOP/s counts the floating
+point operations that README.md of the family gives, GB/s inputs, outputs and gradients once a pass.
+"""
+
+import argparse
+import ctypes
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import spade_ext
+
+Op = Callable[..., Tensor]
+
+
+def keep_memory() -> str:
+    """Has glibc keep what is freed: large temporaries are mapped and page-faulted anew in every call otherwise."""
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return "not kept, this C library has no mallopt"
+    if all([mallopt(option, 2**31 - 1) for option in (mmap_threshold, trim_threshold)]):
+        return "kept on both sides, mallopt of M_MMAP_THRESHOLD and M_TRIM_THRESHOLD"
+    return "not kept, mallopt refused"
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def forward_backward(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    y = op(*inputs)
+    return y, *torch.autograd.grad(y, inputs, grad)
+
+
+class Benchmark:
+    """One run: reads the options, measures the machine, then prints a row a comparison."""
+
+    def __init__(self, description: str):
+        parser = argparse.ArgumentParser(description=description)
+        parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+        parser.add_argument("--quick", action="store_true", help="small shapes and few runs: does it work at all")
+        options = parser.parse_args()
+        self.quick = options.quick
+        self.warmup, self.runs = (1, 3) if options.quick else (8, 9)
+        memory = keep_memory()
+        self.set_threads(options.threads)
+        torch.manual_seed(0)
+
+        n = 256 if self.quick else 2048
+        a, b, c = torch.randn(3, n, n)
+        source, target = torch.randn(2, 16 * n * n)
+        seconds = self.medians(sgemm=lambda: torch.mm(a, b, out=c), copy=lambda: target.copy_(source))
+        self.sgemm = 2 * n**3 / seconds["sgemm"] / 1e9
+        self.copy = 2 * source.nbytes / seconds["copy"] / 1e9
+
+        capability = torch.backends.cpu.get_cpu_capability()
+        print(f"{description}\n")
+        print(f"CPU: {cpu_name()}, {os.cpu_count()} cores, {capability}; threads: {self.threads}; float32")
+        print(f"torch {torch.__version__}, spade_ext {spade_ext.__version__}; medians of {self.runs} interleaved runs")
+        print(f"memory: {memory}")
+        print(f"sgemm {n}: {self.sgemm:.1f} GFLOP/s")
+        print(f"copy of {source.nbytes >> 20} MiB: {self.copy:.1f} GB/s, reads and writes counted\n")
+        print("| case | pass | ours, ms | peer | peer, ms | peer / ours | GFLOP/s | of sgemm | GB/s | of copy |")
+        print("|---|---|---:|---|---:|---:|---:|---:|---:|---:|")
+
+    def set_threads(self, threads: int) -> None:
+        self.threads = threads
+        torch.set_num_threads(threads)
+
+    def medians(self, **calls: Callable[[], object]) -> dict[str, float]:
+        start = time.perf_counter()
+        for _ in range(self.warmup):
+            for call in calls.values():
+                call()
+            if time.perf_counter() - start > 10:
+                break
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(self.runs):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+        return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+    def compare(
+        self,
+        case: str,
+        ours: Op,
+        peer_name: str,
+        peer: Op,
+        inputs: Sequence[Tensor],
+        flops: tuple[float, float],
+        tolerance: float,
+    ) -> None:
+        """Prints ours against the peer. `flops`: of the forward and of the backward. `tolerance`: how far any element
+        of the output and of the gradients may be from the peer's, relative to the largest."""
+        inputs = [t.requires_grad_() for t in inputs]
+        with torch.no_grad():
+            grad = torch.randn_like(ours(*inputs))
+        pairs = zip(*(forward_backward(op, inputs, grad) for op in (ours, peer)), strict=True)
+        for index, (a, b) in enumerate(pairs):
+            name = f"gradient {index - 1}" if index else "output"
+            error = ((a - b).abs().max() / b.abs().max()).item()
+            if not error <= tolerance:
+                sys.exit(f"{case}: {name} is {error:.1e} from that of {peer_name}, expected at most {tolerance:.0e}")
+        del pairs, a, b
+
+        read, written = sum(t.nbytes for t in inputs), grad.nbytes
+        with torch.no_grad():
+            seconds = self.medians(ours=lambda: ours(*inputs), peer=lambda: peer(*inputs))
+        self.row(case, "forward", seconds, peer_name, flops[0], read + written)
+        seconds = self.medians(
+            ours=lambda: forward_backward(ours, inputs, grad), peer=lambda: forward_backward(peer, inputs, grad)
+        )
+        self.row(case, "forward + backward", seconds, peer_name, sum(flops), 3 * read + 2 * written)
+
+    def compare_threads(self, case: str, ours: Op, inputs: Sequence[Tensor]) -> None:
+        """Prints ours on 2 threads against ours on 1."""
+        inputs = [t.requires_grad_() for t in inputs]
+        with torch.no_grad():
+            grad = torch.randn_like(ours(*inputs))
+
+        def forward() -> None:
+            with torch.no_grad():
+                ours(*inputs)
+
+        both = {"forward": forward, "forward + backward": lambda: forward_backward(ours, inputs, grad)}
+        threads = self.threads
+        for name, call in both.items():
+            seconds = {}
+            for side, count in {"ours": 2, "peer": 1}.items():  # not interleaved: a changed count starts new threads
+                self.set_threads(count)
+                seconds |= self.medians(**{side: call})
+            self.row(f"{case}, 2 threads", name, seconds, "ours, 1 thread")
+        self.set_threads(threads)
+
+    def row(
+        self, case: str, name: str, seconds: dict[str, float], peer: str, flops: float = 0, moved: float = 0
+    ) -> None:
+        ours, theirs = seconds["ours"], seconds["peer"]
+        cells = [case, name, f"{1e3 * ours:.2f}", peer, f"{1e3 * theirs:.2f}", f"{theirs / ours:.2f}"]
+        for amount, rate in ((flops, self.sgemm), (moved, self.copy)):
+            achieved = amount / ours / 1e9
+            cells += [f"{achieved:.2f}", f"{achieved / rate:.1%}"] if amount else ["", ""]
+        print("| " + " | ".join(cells) + " |", flush=True)

@@ -1,0 +1,108 @@
+"""What every op has to pass, whatever it computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+from .sample_inputs import Sample
+
+TOLERANCES = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-9},
+    torch.float32: {"rtol": 1e-5, "atol": 2e-5},
+    torch.float16: {"rtol": 4e-3, "atol": 4e-3},
+    torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
+}
+
+OPCHECK_TESTS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_static",
+    "test_aot_dispatch_dynamic",
+)
+
+
+def run(op, sample: Sample) -> list[torch.Tensor]:
+    """The output, and the gradient of each tensor that has one under a cotangent that is the same in every run."""
+    y = op(*sample.args, **sample.kwargs)
+    if not sample.leaves():
+        return [y]
+    cotangent = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return [y, *torch.autograd.grad(y, sample.leaves(), cotangent)]
+
+
+def check_against_reference(op, reference, sample: Sample, dtype: torch.dtype) -> None:
+    """Both get the same numbers, rounded to dtype; the reference computes in float64."""
+    sample = sample.to(dtype)
+    for actual, expected in zip(run(op, sample), run(reference, sample.to(torch.float64)), strict=True):
+        assert_close(actual, expected.to(dtype), **TOLERANCES[dtype])
+
+
+def check_opcheck(op, args: tuple, kwargs: dict | None = None) -> None:
+    torch.library.opcheck(op, args, kwargs, test_utils=OPCHECK_TESTS)
+
+
+def check_gradients(op, sample: Sample) -> None:
+    """gradcheck of the tensors that have a gradient."""
+
+    def function(*leaves):
+        values = iter(leaves)
+        filled = sample.map(lambda t: next(values) if t.requires_grad else t)
+        return op(*filled.args, **filled.kwargs)
+
+    assert torch.autograd.gradcheck(function, sample.leaves())
+
+
+def check_refuses_second_derivative(op, sample: Sample, name: str) -> None:
+    y = op(*sample.args, **sample.kwargs)
+    gradients = torch.autograd.grad(y.square().sum(), sample.leaves(), create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name}_backward is not implemented"):
+        gradients[0].sum().backward()
+
+
+def check_compiles_once(op, samples: list[Sample], backend: str) -> None:
+    """One graph serves all samples, forward and backward."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend=backend)
+    for sample in samples:
+        for actual, expected in zip(run(compiled, sample), run(op, sample), strict=True):
+            assert_close(actual, expected, **TOLERANCES[expected.dtype])
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def check_same_bits(op, sample: Sample, set_threads) -> None:
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append(run(op, sample))
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """In norm; an expected zero must be met exactly."""
+    difference = (actual.double() - expected).norm() / expected.norm().clamp(min=1e-300)
+    return difference.item()
+
+
+def relative_errors(op, reference, sample: Sample, dtype: torch.dtype) -> list[float]:
+    """The errors of op in dtype against the reference in float64, from the same numbers rounded to dtype."""
+    sample = sample.to(dtype)
+    return list(map(relative_error, run(op, sample), run(reference, sample.to(torch.float64))))
+
+
+def peak_memory(call) -> int:
+    """How far, in bytes, `call` raises the memory of this process."""
+
+    def status(key: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is in use
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before

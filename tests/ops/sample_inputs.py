@@ -1,0 +1,259 @@
+"""One list of calls an op, with shapes and strides that break kernels. Every check of an op runs over its list."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of one call; those that get a gradient have requires_grad."""
+
+    name: str
+    args: tuple
+    kwargs: dict = field(default_factory=dict)
+
+    def __str__(self):
+        return self.name
+
+    def to(self, dtype: torch.dtype) -> "Sample":
+        """The same values, strides and requires_grad in new leaf tensors of `dtype`."""
+        return self.map(lambda t: copy_strided(t, dtype))
+
+    def map(self, function) -> "Sample":
+        """Applies `function` to each floating-point tensor."""
+
+        def apply(value):
+            return function(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return Sample(self.name, tuple(map(apply, self.args)), {k: apply(v) for k, v in self.kwargs.items()})
+
+    def leaves(self) -> list[Tensor]:
+        values = (*self.args, *self.kwargs.values())
+        return [value for value in values if isinstance(value, Tensor) and value.requires_grad]
+
+
+def copy_strided(t: Tensor, dtype: torch.dtype) -> Tensor:
+    memory = torch.empty(0, dtype=t.dtype).set_(t.detach().untyped_storage()).to(dtype, copy=True)
+    return memory.as_strided(t.size(), t.stride(), t.storage_offset()).requires_grad_(t.requires_grad)
+
+
+def randn(*size: int, grad: bool = True) -> Tensor:
+    return torch.randn(size, dtype=torch.float64).requires_grad_(grad)
+
+
+def constant(*size: int) -> Tensor:
+    return randn(*size, grad=False)
+
+
+def leaf(view: Tensor) -> Tensor:
+    return view.detach().requires_grad_()
+
+
+def long_conv_sample(
+    name: str, B=2, C=2, H=3, L=8, Lk=None, Lr=None, *, skip=True, u=None, k=None, channels=True
+) -> Sample:
+    """Lk is L unless given; Lr None is a causal convolution; without `channels` the kernels have no C."""
+    lead = (C, H) if channels else (H,)
+    return Sample(
+        name,
+        (
+            randn(B, H, L) if u is None else u,
+            randn(*lead, L if Lk is None else Lk) if k is None else k,
+            randn(*lead) if skip else None,
+            None if Lr is None else randn(*lead, Lr),
+        ),
+    )
+
+
+def long_conv_samples() -> list[Sample]:
+    torch.manual_seed(0)
+    return [
+        long_conv_sample("plain", skip=False),
+        long_conv_sample("skip"),
+        long_conv_sample("two_sided", Lr=8),
+        long_conv_sample("two_sided_without_skip", skip=False, Lr=8),
+        long_conv_sample("without_channels", channels=False, Lr=8),
+        long_conv_sample("length_1", L=1, Lr=1),
+        long_conv_sample("length_2", L=2, Lr=2),
+        long_conv_sample("length_63", L=63, Lr=63, H=9),
+        long_conv_sample("length_64", L=64, Lr=64, H=8),
+        long_conv_sample("length_65", L=65, Lr=65, H=17, C=1),
+        long_conv_sample("length_129", L=129, Lr=129, B=9),
+        long_conv_sample("one_channel_large_batch", B=33, C=1, H=1, L=20),
+        long_conv_sample("short_kernels", L=65, Lk=5, Lr=3),
+        long_conv_sample("long_kernels", L=33, Lk=100, Lr=40),
+        long_conv_sample("unequal_kernels", L=33, Lk=2, Lr=33),
+        long_conv_sample("empty_kernels", L=9, Lk=0, Lr=0),
+        long_conv_sample("empty_batch", B=0, Lr=8),
+        long_conv_sample("no_channels", H=0, Lr=8),
+        long_conv_sample("no_outputs", C=0, Lr=8),
+        long_conv_sample("length_0", L=0, Lr=2, Lk=2),
+        long_conv_sample("transposed", L=33, H=9, Lr=33, u=leaf(randn(2, 33, 9).mT)),
+        long_conv_sample("transposed_without_channels", L=33, channels=False, u=leaf(randn(2, 33, 3).mT)),
+        long_conv_sample("sliced", L=20, u=leaf(randn(4, 7, 50)[::2, 1::2, 5:45:2])),
+        long_conv_sample("transposed_slice", L=20, u=leaf(randn(2, 20, 7)[..., :3].mT)),
+        long_conv_sample("expanded", L=20, u=leaf(randn(1, 3, 1).expand(2, 3, 20))),
+        long_conv_sample("expanded_kernel", L=20, Lk=20, k=leaf(randn(2, 1, 20).expand(2, 3, 20))),
+        long_conv_sample("gradient_of_u", k=constant(2, 3, 8), skip=False),
+        long_conv_sample("gradient_of_kernels", u=constant(2, 3, 8), Lr=8),
+        Sample("gradient_of_skip", (*(constant(*s) for s in ((2, 3, 8), (2, 3, 8))), randn(2, 3))),
+        Sample("no_gradient", tuple(constant(*s) for s in ((2, 3, 8), (2, 3, 8), (2, 3), (2, 3, 8)))),
+    ]
+
+
+def s4d_parameters(C: int, H: int, N: int, S: int, *, real=False) -> tuple[Tensor, Tensor, Tensor]:
+    """w, c and log_dt as S4D draws them."""
+    pair = () if real else (2,)
+    decay = -0.5 - torch.rand(S, N, dtype=torch.float64)
+    frequency = math.pi * torch.arange(N).expand(S, N)
+    w = decay if real else torch.stack((decay, frequency), -1)
+    log_dt = torch.linspace(math.log(1e-3), math.log(1e-1), H, dtype=torch.float64)
+    return leaf(w), randn(C, H, N, *pair), leaf(log_dt)
+
+
+def diagonal_kernel_sample(
+    name: str, length=8, C=2, H=4, N=5, S=2, *, disc="zoh", rate=1.0, real=False, w=None, c=None, log_dt=None
+) -> Sample:
+    defaults = s4d_parameters(C, H, N, S, real=real)
+    w, c, log_dt = (
+        default if given is None else given for given, default in zip((w, c, log_dt), defaults, strict=True)
+    )
+    return Sample(name, (w, c, None if disc is None else log_dt, length), {"disc": disc, "rate": rate})
+
+
+def diagonal_kernel_samples() -> list[Sample]:
+    torch.manual_seed(0)
+    return [
+        diagonal_kernel_sample("zoh"),
+        diagonal_kernel_sample("bilinear", disc="bilinear"),
+        diagonal_kernel_sample("dss", disc="dss"),
+        diagonal_kernel_sample("none", disc=None),
+        diagonal_kernel_sample("real_zoh", real=True),
+        diagonal_kernel_sample("real_bilinear", real=True, disc="bilinear"),
+        diagonal_kernel_sample("real_dss", real=True, disc="dss"),
+        diagonal_kernel_sample("real_none", real=True, disc=None),
+        diagonal_kernel_sample("rate", rate=2.5),
+        diagonal_kernel_sample("rate_bilinear", rate=0.3, disc="bilinear"),
+        diagonal_kernel_sample("rate_dss", rate=2.0, disc="dss"),
+        diagonal_kernel_sample("length_0", 0),
+        diagonal_kernel_sample("length_1", 1),
+        diagonal_kernel_sample("length_1_dss", 1, disc="dss"),
+        diagonal_kernel_sample("length_63", 63, H=1, S=1),
+        diagonal_kernel_sample("length_64", 64, N=1),
+        diagonal_kernel_sample("length_65", 65, C=1, N=33),
+        diagonal_kernel_sample("length_129", 129, H=9, S=3),
+        diagonal_kernel_sample("length_1000", 1000, N=8),
+        diagonal_kernel_sample("a_copy_a_channel", H=6, S=6),
+        diagonal_kernel_sample("no_states", N=0),
+        diagonal_kernel_sample("no_channels", H=0, S=1),
+        diagonal_kernel_sample("no_outputs", C=0),
+        diagonal_kernel_sample("transposed", c=leaf(randn(5, 4, 2, 2).transpose(0, 2)), w=leaf(-randn(2, 5, 2).abs())),
+        diagonal_kernel_sample("sliced", c=leaf(randn(2, 8, 5, 4)[:, ::2, :, 1:3]), log_dt=leaf(randn(8)[::2] - 3)),
+        diagonal_kernel_sample(
+            "expanded", c=leaf(randn(2, 1, 5, 2).expand(2, 4, 5, 2)), log_dt=leaf(randn(1).expand(4))
+        ),
+        diagonal_kernel_sample("gradient_of_w", c=constant(2, 4, 5, 2), log_dt=constant(4)),
+        diagonal_kernel_sample("gradient_of_c", w=-constant(2, 5, 2).abs(), log_dt=constant(4)),
+        diagonal_kernel_sample("gradient_of_log_dt", w=-constant(2, 5, 2).abs(), c=constant(2, 4, 5, 2)),
+        diagonal_kernel_sample(
+            "no_gradient",
+            w=-constant(2, 5, 2).abs(),
+            c=constant(2, 4, 5, 2),
+            log_dt=constant(4),
+        ),
+    ]
+
+
+def local_attention_sample(
+    name: str, B=2, Lq=9, H=2, D=4, *, Lk=None, Hkv=None, Dv=None, bias=False, q=None, k=None, v=None, **kwargs
+) -> Sample:
+    """Lk, Hkv and Dv are Lq, H and D unless given."""
+    Lk, Hkv, Dv = (default if given is None else given for given, default in ((Lk, Lq), (Hkv, H), (Dv, D)))
+    window = kwargs.get("window")
+    entries = Lq + Lk - 1 if window is None else sum(window) + 1
+    return Sample(
+        name,
+        (
+            randn(B, Lq, H, D) if q is None else q,
+            randn(B, Lk, Hkv, D) if k is None else k,
+            randn(B, Lk, Hkv, Dv) if v is None else v,
+            randn(H, entries) if bias else None,
+        ),
+        kwargs,
+    )
+
+
+def padding(*real: tuple[int, int], length: int) -> Tensor:
+    """A row for each (begin, end): True from begin to end."""
+    position = torch.arange(length)
+    return torch.stack([(position >= begin) & (position < end) for begin, end in real])
+
+
+def local_attention_samples() -> list[Sample]:
+    torch.manual_seed(0)
+    return [
+        local_attention_sample("full_row"),
+        local_attention_sample("full_row_bias", bias=True),
+        local_attention_sample("full_row_causal", causal=True),
+        local_attention_sample("full_row_causal_bias", causal=True, bias=True),
+        local_attention_sample("window", window=(3, 2)),
+        local_attention_sample("window_bias", window=(3, 2), bias=True),
+        local_attention_sample("window_causal_bias", window=(3, 0), causal=True, bias=True),
+        local_attention_sample("window_of_itself", window=(0, 0), bias=True),
+        local_attention_sample("window_ahead", window=(0, 4), bias=True),
+        local_attention_sample("window_wider_than_the_row", window=(40, 30), bias=True),
+        local_attention_sample("length_1", Lq=1, bias=True),
+        local_attention_sample("length_63", Lq=63, window=(5, 5), bias=True),
+        local_attention_sample("length_64", Lq=64, window=(64, 0), bias=True),
+        local_attention_sample("length_65", Lq=65, window=(1, 70), bias=True),
+        local_attention_sample("length_129", Lq=129, H=3, D=5, window=(16, 16), bias=True),
+        local_attention_sample(
+            "several_blocks",
+            Lq=300,
+            Lk=270,
+            Hkv=1,
+            window=(150, 20),
+            bias=True,
+            attention_mask=padding((0, 200), (30, 270), length=270),
+        ),
+        local_attention_sample("wide_rows", Lq=20, D=150, Dv=67, window=(7, 5), bias=True),
+        local_attention_sample("decoding", Lq=1, Lk=12, window=(7, 0), bias=True),
+        local_attention_sample("more_keys", Lq=5, Lk=12, bias=True),
+        local_attention_sample("more_keys_causal", Lq=5, Lk=12, causal=True, bias=True),
+        local_attention_sample("more_queries", Lq=12, Lk=5, window=(2, 1), bias=True),
+        local_attention_sample("more_queries_causal", Lq=12, Lk=5, causal=True, bias=True),
+        local_attention_sample("grouped_queries", H=6, Hkv=2, window=(3, 2), bias=True),
+        local_attention_sample("one_key_head", H=4, Hkv=1, Lq=70, window=(9, 3)),
+        local_attention_sample("wide_values", Dv=7, window=(3, 2), bias=True),
+        local_attention_sample("narrow_values", D=17, Dv=1, window=(3, 2)),
+        local_attention_sample("one_channel", D=1, Dv=1, window=(3, 2), bias=True),
+        local_attention_sample("scale", window=(3, 2), scale=0.3),
+        local_attention_sample("padding", window=(3, 2), bias=True, attention_mask=padding((0, 6), (4, 9), length=9)),
+        local_attention_sample("hidden_rows", bias=True, attention_mask=padding((0, 0), (0, 9), length=9)),
+        local_attention_sample(
+            "hidden_queries", window=(1, 0), bias=True, attention_mask=padding((5, 9), (0, 3), length=9)
+        ),
+        local_attention_sample("empty_batch", B=0, window=(3, 2), bias=True),
+        local_attention_sample("no_queries", Lq=0, Lk=4, window=(3, 2), bias=True),
+        local_attention_sample("no_keys", Lk=0, window=(3, 2), bias=True),
+        local_attention_sample("no_values", Dv=0, window=(3, 2), bias=True),
+        local_attention_sample(
+            "heads_before_tokens",
+            window=(3, 2),
+            bias=True,
+            **{n: leaf(randn(2, 2, 9, 4).transpose(1, 2)) for n in "qkv"},
+        ),
+        local_attention_sample("sliced", window=(3, 2), q=leaf(randn(2, 18, 2, 12)[:, ::2, :, 4:8])),
+        local_attention_sample("strided_rows", window=(3, 2), v=leaf(randn(2, 9, 4, 2).transpose(2, 3))),
+        local_attention_sample("expanded", window=(3, 2), k=leaf(randn(2, 1, 1, 4).expand(2, 9, 2, 4))),
+        local_attention_sample("gradient_of_q", k=constant(2, 9, 2, 4), v=constant(2, 9, 2, 4)),
+        local_attention_sample("gradient_of_k", q=constant(2, 9, 2, 4), v=constant(2, 9, 2, 4)),
+        local_attention_sample("gradient_of_v", q=constant(2, 9, 2, 4), k=constant(2, 9, 2, 4)),
+        local_attention_sample(
+            "gradient_of_bias", window=(3, 2), bias=True, **{n: constant(2, 9, 2, 4) for n in "qkv"}
+        ),
+        local_attention_sample("no_gradient", window=(3, 2), **{n: constant(2, 9, 2, 4) for n in "qkv"}),
+    ]
