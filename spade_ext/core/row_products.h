@@ -5,13 +5,23 @@
 
 namespace spade_ext {
 
+// A matrix by rows, `stride` elements apart.
+template <class T>
+struct MatrixView {
+  T* data;
+  int64_t stride;
+};
+
 template <class T>
 struct RowProducts {
-  // out[0..width) += sum_r weights[r] rows[r * stride + 0..width), r in [0, n)
-  void (*combine)(const T* weights, const T* rows, int64_t stride, int64_t n, int64_t width, T* out);
+  // out (rows, width) += a (rows, n) b (n, width), in the order of n. Fastest for rows = kTile.
+  void (*multiply_add)(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> out, int64_t rows,
+                       int64_t n, int64_t width);
   // x[0..n) <- exp(x)
   void (*exp)(T* x, int64_t n);
 };
+
+constexpr int64_t kTile = 4;
 
 // The functions for this CPU, T = float or double. ATEN_CPU_CAPABILITY chooses another level, as for torch.
 template <class T>

@@ -8,31 +8,62 @@ namespace {
 
 using at::vec::Vectorized;
 
-// `count` vectors of columns: their sums stay in registers over all rows.
-template <int count, class T>
-void combine_columns(const T* weights, const T* rows, int64_t stride, int64_t n, T* out) {
-  constexpr int64_t size = Vectorized<T>::size();
-  Vectorized<T> sums[count];
-  for (int c = 0; c < count; ++c) sums[c] = Vectorized<T>::loadu(out + c * size);
-  for (int64_t r = 0; r < n; ++r, rows += stride) {
-    const Vectorized<T> weight(weights[r]);
-    for (int c = 0; c < count; ++c)
-      sums[c] = at::vec::fmadd(weight, Vectorized<T>::loadu(rows + c * size), sums[c]);
+// `rows` rows and `count` vectors of columns of the result: their sums stay in registers over all n.
+template <int rows, int count, class T>
+void tile(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> out, int64_t n) {
+  using Vec = Vectorized<T>;
+  constexpr int64_t size = Vec::size();
+  Vec sums[rows][count];
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < count; ++c) sums[r][c] = Vec::loadu(out.data + r * out.stride + c * size);
   }
-  for (int c = 0; c < count; ++c) sums[c].store(out + c * size);
+  for (int64_t i = 0; i < n; ++i) {
+    Vec columns[count];
+    for (int c = 0; c < count; ++c) columns[c] = Vec::loadu(b.data + i * b.stride + c * size);
+    for (int r = 0; r < rows; ++r) {
+      const Vec weight(a.data[r * a.stride + i]);
+      for (int c = 0; c < count; ++c) sums[r][c] = at::vec::fmadd(weight, columns[c], sums[r][c]);
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < count; ++c) sums[r][c].store(out.data + r * out.stride + c * size);
+  }
+}
+
+template <int rows, class T>
+void strip(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> out, int64_t n, int64_t width) {
+  constexpr int64_t size = Vectorized<T>::size();
+  auto from = [](auto view, int64_t column) {
+    view.data += column;
+    return view;
+  };
+  int64_t c = 0;
+  for (; c + 3 * size <= width; c += 3 * size) tile<rows, 3>(a, from(b, c), from(out, c), n);
+  if (c + 2 * size <= width) tile<rows, 2>(a, from(b, c), from(out, c), n), c += 2 * size;
+  if (c + size <= width) tile<rows, 1>(a, from(b, c), from(out, c), n), c += size;
+  for (; c < width; ++c) {
+    for (int r = 0; r < rows; ++r) {
+      T sum = out.data[r * out.stride + c];
+      for (int64_t i = 0; i < n; ++i) sum += a.data[r * a.stride + i] * b.data[i * b.stride + c];
+      out.data[r * out.stride + c] = sum;
+    }
+  }
 }
 
 template <class T>
-void combine(const T* weights, const T* rows, int64_t stride, int64_t n, int64_t width, T* out) {
-  constexpr int64_t size = Vectorized<T>::size();
-  int64_t c = 0;
-  for (; c + 8 * size <= width; c += 8 * size) combine_columns<8>(weights, rows + c, stride, n, out + c);
-  for (; c + 4 * size <= width; c += 4 * size) combine_columns<4>(weights, rows + c, stride, n, out + c);
-  for (; c + size <= width; c += size) combine_columns<1>(weights, rows + c, stride, n, out + c);
-  for (; c < width; ++c) {
-    T sum = out[c];
-    for (int64_t r = 0; r < n; ++r) sum += weights[r] * rows[r * stride + c];
-    out[c] = sum;
+void multiply_add(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> out, int64_t rows, int64_t n,
+                  int64_t width) {
+  for (; rows > 0; rows -= kTile) {
+    if (rows >= 4)
+      strip<4>(a, b, out, n, width);
+    else if (rows == 3)
+      strip<3>(a, b, out, n, width);
+    else if (rows == 2)
+      strip<2>(a, b, out, n, width);
+    else
+      strip<1>(a, b, out, n, width);
+    a.data += kTile * a.stride;
+    out.data += kTile * out.stride;
   }
 }
 
@@ -47,7 +78,7 @@ void exp(T* x, int64_t n) {
 
 }  // namespace
 
-extern const RowProducts<float> row_products_float = {combine<float>, exp<float>};
-extern const RowProducts<double> row_products_double = {combine<double>, exp<double>};
+extern const RowProducts<float> row_products_float = {multiply_add<float>, exp<float>};
+extern const RowProducts<double> row_products_double = {multiply_add<double>, exp<double>};
 
 }  // namespace spade_ext::CPU_CAPABILITY

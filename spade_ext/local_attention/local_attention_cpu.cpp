@@ -1,190 +1,22 @@
-// A task takes a block of rows of one head. Both products of attention, scores = q K^T and out = p V, are
-// sums of rows weighted by a row (core/row_products.h): the first over the transposed keys. Beyond inputs,
-// outputs and statistics, memory is the keys or queries that a task's block sees.
+// A task takes a block of rows of one head, a tile of kTile rows at a time against all that the tile sees.
+// Both products of attention, scores = q K^T and out = p V, are products with rows as they stand in memory
+// (core/row_products.h), the first with the transposed keys. Beyond inputs, outputs and statistics, memory is
+// the keys or queries that a block sees.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <spade_ext/core/parallel.h>
-#include <spade_ext/core/row_products.h>
-#include <spade_ext/local_attention/local_attention_shapes.h>
+#include <spade_ext/local_attention/local_attention_rows.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 namespace spade_ext::local_attention_cpu {
 
-using local_attention_shapes::OptionalTensor;
-
 // Rows of a task: enough that copying what they see costs little beside the products.
 constexpr int64_t kBlock = 128;
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return std::max<int64_t>(end - begin, 0); }
-};
-
-// Which keys a query sees and which queries a key is seen by. Positions: query i stands at i + Lk - Lq.
-struct Band {
-  int64_t Lq, Lk, left, right;
-
-  int64_t position(int64_t i) const { return i + Lk - Lq; }
-  Range keys(int64_t i) const {
-    return {std::max<int64_t>(0, position(i) - left), std::min(Lk, position(i) + right + 1)};
-  }
-  Range queries(int64_t j) const {
-    return {std::max<int64_t>(0, j - right - (Lk - Lq)), std::min(Lq, j + left + 1 - (Lk - Lq))};
-  }
-  int64_t bias_entry(int64_t i, int64_t j) const { return left + j - position(i); }
-  Range keys(Range i) const { return {keys(i.begin).begin, keys(i.end - 1).end}; }
-  Range queries(Range j) const { return {queries(j.begin).begin, queries(j.end - 1).end}; }
-};
-
-// A (B, L, H, D) tensor with contiguous rows, read at its strides.
-template <class scalar_t>
-struct Rows {
-  at::Tensor tensor;
-  scalar_t* data;
-
-  explicit Rows(const at::Tensor& t)
-      : tensor(t.stride(3) == 1 || t.size(3) == 1 ? t : t.contiguous()), data(tensor.data_ptr<scalar_t>()) {}
-  scalar_t* at(int64_t b, int64_t l, int64_t h) const {
-    return data + b * tensor.stride(0) + l * tensor.stride(1) + h * tensor.stride(2);
-  }
-};
-
-template <class scalar_t>
-struct Problem {
-  using acc_t = at::opmath_type<scalar_t>;
-  int64_t B, H, Hkv, D, Dv;
-  Band band;
-  Rows<scalar_t> q, k, v;
-  at::Tensor bias_tensor, mask_tensor;  // contiguous, or undefined
-  acc_t scale;
-
-  Problem(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_, const OptionalTensor& bias,
-          const OptionalTensor& mask, int64_t left, int64_t right, double scale_)
-      : B(q_.size(0)),
-        H(q_.size(2)),
-        Hkv(k_.size(2)),
-        D(q_.size(3)),
-        Dv(v_.size(3)),
-        band{q_.size(1), k_.size(1), left, right},
-        q(q_),
-        k(k_),
-        v(v_),
-        bias_tensor(is_given(bias) ? bias->contiguous() : at::Tensor()),
-        mask_tensor(is_given(mask) ? mask->contiguous() : at::Tensor()),
-        scale(static_cast<acc_t>(scale_)) {}
-
-  int64_t key_head(int64_t h) const { return h / (H / Hkv); }
-  bool sees(int64_t b, int64_t j) const {
-    return !mask_tensor.defined() || mask_tensor.data_ptr<bool>()[b * band.Lk + j];
-  }
-  // Calls body for each run of keys in `keys` that are not padding.
-  template <class Body>
-  void for_each_run(int64_t b, Range keys, const Body& body) const {
-    for (int64_t j = keys.begin; j < keys.end;) {
-      Range run{j, j};
-      while (run.end < keys.end && sees(b, run.end)) ++run.end;
-      if (run.size() > 0) body(run);
-      j = run.end + 1;
-    }
-  }
-  // score <- scale score + bias, for query i and a run of keys.
-  void scale_and_bias_keys(int64_t h, int64_t i, Range run, acc_t* score) const {
-    const scalar_t* entry = bias_entry(h, i, run.begin);
-    for (int64_t j = 0; j < run.size(); ++j) {
-      score[j] = scale * score[j] + (entry ? static_cast<acc_t>(entry[j]) : 0);
-    }
-  }
-  // The same for key j and some queries: the next query's entry is the one before.
-  void scale_and_bias_queries(int64_t h, Range queries, int64_t j, acc_t* score) const {
-    const scalar_t* entry = bias_entry(h, queries.begin, j);
-    for (int64_t i = 0; i < queries.size(); ++i) {
-      score[i] = scale * score[i] + (entry ? static_cast<acc_t>(entry[-i]) : 0);
-    }
-  }
-
- private:
-  const scalar_t* bias_entry(int64_t h, int64_t i, int64_t j) const {
-    if (!bias_tensor.defined()) return nullptr;
-    return bias_tensor.data_ptr<scalar_t>() + h * (band.left + band.right + 1) + band.bias_entry(i, j);
-  }
-};
-
-// Vector loops may run up to this many entries past the end of a row of scratch.
-constexpr int64_t kSlack = 16;
-
-int64_t with_slack(int64_t n) { return (n + kSlack - 1) / kSlack * kSlack; }
-
-template <class acc_t>
-struct Scratch {
-  at::Tensor memory;
-  acc_t* data;
-  explicit Scratch(int64_t n)
-      : memory(at::empty({n + kSlack}, c10::CppTypeToScalarType<acc_t>::value)),
-        data(memory.data_ptr<acc_t>()) {}
-  void zero(int64_t n) { std::fill_n(data, n, acc_t(0)); }
-};
-
-// Some rows of one head in the type of sums: where they stand, or a copy if their type is another one.
-template <class scalar_t>
-struct Slab {
-  using acc_t = at::opmath_type<scalar_t>;
-  int64_t begin, stride;
-  std::optional<Scratch<acc_t>> copy;
-  const acc_t* data;
-
-  Slab(const Rows<scalar_t>& rows, int64_t b, int64_t h, Range range) : begin(range.begin) {
-    if constexpr (std::is_same_v<scalar_t, acc_t>) {
-      data = rows.at(b, range.begin, h);
-      stride = rows.tensor.stride(1);
-    } else {
-      stride = rows.tensor.size(3);
-      copy.emplace(range.size() * stride);
-      data = copy->data;
-      for (int64_t l = range.begin; l < range.end; ++l) {
-        std::copy_n(rows.at(b, l, h), stride, copy->data + (l - begin) * stride);
-      }
-    }
-  }
-  const acc_t* row(int64_t l) const { return data + (l - begin) * stride; }
-};
-
-// Some rows of one head, transposed: (width, rows).
-template <class scalar_t>
-struct TransposedSlab {
-  using acc_t = at::opmath_type<scalar_t>;
-  int64_t begin, width, stride;
-  Scratch<acc_t> memory;
-
-  TransposedSlab(const Rows<scalar_t>& rows, int64_t b, int64_t h, Range range)
-      : begin(range.begin),
-        width(rows.tensor.size(3)),
-        stride(range.size() + kSlack),
-        memory(width * stride) {
-    const scalar_t* source = rows.at(b, range.begin, h);
-    for (int64_t d = 0; d < width; ++d) {
-      acc_t* column = memory.data + d * stride;
-      for (int64_t l = 0; l < range.size(); ++l) column[l] = source[l * rows.tensor.stride(1) + d];
-      std::fill_n(column + range.size(), kSlack, acc_t(0));
-    }
-  }
-  // out[l - range.begin] = x . row l, and numbers without meaning in the slack after them.
-  void dots(const acc_t* x, Range range, acc_t* out) const {
-    std::fill_n(out, with_slack(range.size()), acc_t(0));
-    row_products<acc_t>().combine(x, memory.data + range.begin - begin, stride, width,
-                                  with_slack(range.size()), out);
-  }
-};
-
-template <class acc_t>
-void exp(acc_t* x, int64_t n) {
-  row_products<acc_t>().exp(x, with_slack(n));
-}
 
 template <class acc_t, class Y>
 void store(const acc_t* x, Y* y, int64_t n) {
@@ -201,38 +33,62 @@ void for_each_block(int64_t B, int64_t H, int64_t size, int64_t block, const Bod
   });
 }
 
-// out = softmax(scores) v for the queries of a block, and the log-sum-exp of each one's scores.
+// Calls body(tile) for each kTile rows of a block.
+template <class Body>
+void for_each_tile(Range block, const Body& body) {
+  for (int64_t begin = block.begin; begin < block.end; begin += kTile) {
+    body(Range{begin, std::min(begin + kTile, block.end)});
+  }
+}
+
+// Turns a row of products q . k with the keys of `all` into the probabilities of query i, 0 where it does not
+// see. Returns the log-sum-exp of its scores, +inf where it sees no key.
+template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
+acc_t softmax_row(const Problem<scalar_t>& problem, int64_t b, int64_t h, int64_t i, Range all, acc_t* row) {
+  constexpr acc_t infinity = std::numeric_limits<acc_t>::infinity();
+  const Range keys = problem.band.keys(i);
+  if (!problem.sees_any(b, keys)) {
+    std::fill_n(row, all.size(), acc_t(0));
+    return infinity;
+  }
+  const int64_t n = keys.size();
+  acc_t* p = row + keys.begin - all.begin;
+  problem.finish_scores_of_keys(b, h, i, keys, p);
+  acc_t largest = -infinity, total = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t j = 0; j < n; ++j) largest = std::max(largest, p[j]);
+  for (int64_t j = 0; j < n; ++j) p[j] -= largest;
+  exp(p, n);
+#pragma omp simd reduction(+ : total)
+  for (int64_t j = 0; j < n; ++j) total += p[j];
+  for (int64_t j = 0; j < n; ++j) p[j] /= total;
+  zero_outside(row, all, keys);
+  return largest + std::log(total);
+}
+
+// out = p v for the queries of a block, and their log-sum-exps.
 template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
 void forward_block(const Problem<scalar_t>& problem, int64_t b, int64_t h, Range block,
                    const Rows<scalar_t>& out, acc_t* lse) {
   const Band& band = problem.band;
-  const Range all = band.keys(block);
-  const Slab<scalar_t> q(problem.q, b, h, block), v(problem.v, b, problem.key_head(h), all);
-  const TransposedSlab<scalar_t> k(problem.k, b, problem.key_head(h), all);
-  Scratch<acc_t> p(all.size()), sum(problem.Dv);
-  for (int64_t i = block.begin; i < block.end; ++i) {
-    const Range keys = band.keys(i);
-    acc_t largest = -std::numeric_limits<acc_t>::infinity(), total = 0;
-    bool any = false;
-    problem.for_each_run(b, keys, [&](Range run) {
-      acc_t* score = p.data + run.begin - keys.begin;
-      k.dots(q.row(i), run, score);
-      problem.scale_and_bias_keys(h, i, run, score);
-      largest = std::max(largest, *std::max_element(score, score + run.size()));
-      any = true;
+  const Range seen = band.keys(block);
+  const Slab<scalar_t> q(problem.q, b, h, block), v(problem.v, b, problem.key_head(h), seen);
+  const TransposedSlab<scalar_t> k(problem.k, b, problem.key_head(h), seen);
+  Matrix<acc_t> p(kTile, seen.size()), sums(kTile, problem.Dv);
+  for_each_tile(block, [&](Range tile) {
+    const Range all = band.keys(tile);
+    sums.zero();
+    problem.for_each_run(b, all, [&](Range run) {
+      k.dots(q.from(tile.begin), tile.size(), run, {p.data + run.begin - all.begin, p.stride});
     });
-    for (int64_t j = 0; j < keys.size(); ++j) p.data[j] -= largest;
-    exp(p.data, keys.size());
-    sum.zero(problem.Dv);
-    problem.for_each_run(b, keys, [&](Range run) {
-      const acc_t* weight = p.data + run.begin - keys.begin;
-      total = std::accumulate(weight, weight + run.size(), total);
-      row_products<acc_t>().combine(weight, v.row(run.begin), v.stride, run.size(), problem.Dv, sum.data);
+    for (int64_t r = 0; r < tile.size(); ++r)
+      *lse++ = softmax_row(problem, b, h, tile.begin + r, all, p.row(r));
+    problem.for_each_run(b, all, [&](Range run) {
+      row_products<acc_t>().multiply_add({p.data + run.begin - all.begin, p.stride}, v.from(run.begin), sums,
+                                         tile.size(), run.size(), problem.Dv);
     });
-    for (int64_t d = 0; any && d < problem.Dv; ++d) sum.data[d] /= total;
-    store(sum.data, out.at(b, i, h), problem.Dv);
-    *lse++ = any ? largest + std::log(total) : std::numeric_limits<acc_t>::infinity();
-  }
+    for (int64_t r = 0; r < tile.size(); ++r) store(sums.row(r), out.at(b, tile.begin + r, h), problem.Dv);
+  });
 }
 
 // What the backward of a problem knows beside it; delta (B, H, Lq) is grad_out . out.
@@ -266,43 +122,66 @@ struct Backward {
   }
 };
 
+// Turns rows of products q . k and grad_out . v with the keys of `all` into the gradients of query i's
+// scores, in the second row, 0 where it does not see.
+template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
+void grad_score_row(const Backward<scalar_t>& backward, int64_t b, int64_t h, int64_t i, Range all,
+                    acc_t* score, acc_t* grad) {
+  const Range keys = backward.problem.band.keys(i);
+  const acc_t lse = backward.lse_row(b, h)[i], delta = backward.delta_row(b, h)[i];
+  if (!backward.problem.sees_any(b, keys)) {
+    std::fill_n(grad, all.size(), acc_t(0));
+    return;
+  }
+  acc_t* p = score + keys.begin - all.begin;
+  acc_t* grad_score = grad + keys.begin - all.begin;
+  backward.problem.finish_scores_of_keys(b, h, i, keys, p);
+  for (int64_t j = 0; j < keys.size(); ++j) p[j] -= lse;
+  exp(p, keys.size());
+  for (int64_t j = 0; j < keys.size(); ++j) grad_score[j] = p[j] * (grad_score[j] - delta);
+  backward.problem.fill_padding(b, keys, grad_score, 0);
+  zero_outside(grad, all, keys);
+}
+
 // grad_q for the queries of a block; what they add to the bias gradient goes into `table`, unless it is null.
 template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
 void backward_queries_block(const Backward<scalar_t>& backward, int64_t b, int64_t h, Range block,
                             const std::optional<Rows<scalar_t>>& grad_q, acc_t* table) {
   const auto& problem = backward.problem;
   const Band& band = problem.band;
-  const Range all = band.keys(block);
+  const Range seen = band.keys(block);
   const int64_t head = problem.key_head(h);
-  const Slab<scalar_t> q(problem.q, b, h, block), grad_out(backward.grad_out, b, h, block),
-      k(problem.k, b, head, all);
-  const TransposedSlab<scalar_t> k_columns(problem.k, b, head, all), v_columns(problem.v, b, head, all);
-  Scratch<acc_t> p(all.size()), grad_p(all.size()), sum(problem.D);
-  for (int64_t i = block.begin; i < block.end; ++i) {
-    const Range keys = band.keys(i);
-    const acc_t lse = backward.lse_row(b, h)[i], delta = backward.delta_row(b, h)[i];
-    problem.for_each_run(b, keys, [&](Range run) {
-      acc_t* score = p.data + run.begin - keys.begin;
-      k_columns.dots(q.row(i), run, score);
-      problem.scale_and_bias_keys(h, i, run, score);
+  const Slab<scalar_t> q(problem.q, b, h, block), grad_out(backward.grad_out, b, h, block);
+  const Slab<scalar_t> k(problem.k, b, head, seen);
+  const TransposedSlab<scalar_t> k_columns(problem.k, b, head, seen), v_columns(problem.v, b, head, seen);
+  Matrix<acc_t> scores(kTile, seen.size()), grad_scores(kTile, seen.size()), sums(kTile, problem.D);
+  for_each_tile(block, [&](Range tile) {
+    const Range all = band.keys(tile);
+    sums.zero();
+    problem.for_each_run(b, all, [&](Range run) {
+      const int64_t offset = run.begin - all.begin;
+      k_columns.dots(q.from(tile.begin), tile.size(), run, {scores.data + offset, scores.stride});
+      v_columns.dots(grad_out.from(tile.begin), tile.size(), run,
+                     {grad_scores.data + offset, grad_scores.stride});
     });
-    for (int64_t j = 0; j < keys.size(); ++j) p.data[j] -= lse;
-    exp(p.data, keys.size());
-    sum.zero(problem.D);
-    problem.for_each_run(b, keys, [&](Range run) {
-      const acc_t* probability = p.data + run.begin - keys.begin;
-      v_columns.dots(grad_out.row(i), run, grad_p.data);
-      acc_t* grad_score = grad_p.data;
-      for (int64_t j = 0; j < run.size(); ++j) grad_score[j] = probability[j] * (grad_p.data[j] - delta);
-      if (table) {
-        acc_t* entry = table + band.bias_entry(i, run.begin);
-        for (int64_t j = 0; j < run.size(); ++j) entry[j] += grad_score[j];
-      }
-      row_products<acc_t>().combine(grad_score, k.row(run.begin), k.stride, run.size(), problem.D, sum.data);
+    for (int64_t r = 0; r < tile.size(); ++r) {
+      const int64_t i = tile.begin + r;
+      grad_score_row(backward, b, h, i, all, scores.row(r), grad_scores.row(r));
+      if (!table) continue;
+      const Range keys = band.keys(i);
+      const acc_t* grad_score = grad_scores.row(r) + keys.begin - all.begin;
+      acc_t* entry = table + band.bias_entry(i, keys.begin);
+      for (int64_t j = 0; j < keys.size(); ++j) entry[j] += grad_score[j];
+    }
+    problem.for_each_run(b, all, [&](Range run) {
+      row_products<acc_t>().multiply_add({grad_scores.data + run.begin - all.begin, grad_scores.stride},
+                                         k.from(run.begin), sums, tile.size(), run.size(), problem.D);
     });
-    for (int64_t d = 0; d < problem.D; ++d) sum.data[d] *= problem.scale;
-    if (grad_q) store(sum.data, grad_q->at(b, i, h), problem.D);
-  }
+    for (int64_t r = 0; grad_q && r < tile.size(); ++r) {
+      for (int64_t d = 0; d < problem.D; ++d) sums.row(r)[d] *= problem.scale;
+      store(sums.row(r), grad_q->at(b, tile.begin + r, h), problem.D);
+    }
+  });
 }
 
 // grad_q by blocks, and the bias gradient as one partial table a block, added up in order.
@@ -339,6 +218,30 @@ void backward_queries(const Backward<scalar_t>& backward, const at::Tensor& grad
   });
 }
 
+// Turns rows of products k . q and v . grad_out with the queries of `all` into key j's probabilities and the
+// gradients of its scores, 0 where it is not seen.
+template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
+void key_row(const Backward<scalar_t>& backward, int64_t b, int64_t h, int64_t j, Range all, acc_t* score,
+             acc_t* grad) {
+  const auto& problem = backward.problem;
+  const Range queries = problem.band.queries(j);
+  if (queries.size() == 0 || !problem.sees_any(b, {j, j + 1})) {
+    std::fill_n(score, all.size(), acc_t(0));
+    std::fill_n(grad, all.size(), acc_t(0));
+    return;
+  }
+  const acc_t* lse = backward.lse_row(b, h) + queries.begin;
+  const acc_t* delta = backward.delta_row(b, h) + queries.begin;
+  acc_t* p = score + queries.begin - all.begin;
+  acc_t* grad_score = grad + queries.begin - all.begin;
+  problem.finish_scores_of_queries(h, queries, j, p);
+  for (int64_t i = 0; i < queries.size(); ++i) p[i] -= lse[i];
+  exp(p, queries.size());
+  for (int64_t i = 0; i < queries.size(); ++i) grad_score[i] = p[i] * (grad_score[i] - delta[i]);
+  zero_outside(score, all, queries);
+  zero_outside(grad, all, queries);
+}
+
 // grad_k and grad_v for the keys of a block: each gathers from the queries that see it, its group's heads in
 // order.
 template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
@@ -346,37 +249,36 @@ void backward_keys_block(const Backward<scalar_t>& backward, int64_t b, int64_t 
                          const Rows<scalar_t>& grad_k, const Rows<scalar_t>& grad_v) {
   const auto& problem = backward.problem;
   const Band& band = problem.band;
-  const Range all = band.queries(block);
-  const int64_t D = problem.D, Dv = problem.Dv, group = problem.H / problem.Hkv;
-  Scratch<acc_t> k_sums(block.size() * D), v_sums(block.size() * Dv), p(all.size()), grad_score(all.size());
-  k_sums.zero(block.size() * D), v_sums.zero(block.size() * Dv);
-  for (int64_t h = head * group; h < (head + 1) * group && all.size() > 0; ++h) {
-    const Slab<scalar_t> k(problem.k, b, head, block), v(problem.v, b, head, block);
-    const Slab<scalar_t> q(problem.q, b, h, all), grad_out(backward.grad_out, b, h, all);
-    const TransposedSlab<scalar_t> q_columns(problem.q, b, h, all),
-        grad_columns(backward.grad_out, b, h, all);
-    const acc_t *lse = backward.lse_row(b, h), *delta = backward.delta_row(b, h);
-    for (int64_t j = block.begin; j < block.end; ++j) {
-      const Range queries = band.queries(j);
-      const int64_t n = queries.size(), first = queries.begin;
-      if (n == 0 || !problem.sees(b, j)) continue;
-      q_columns.dots(k.row(j), queries, p.data);
-      grad_columns.dots(v.row(j), queries, grad_score.data);
-      problem.scale_and_bias_queries(h, queries, j, p.data);
-      for (int64_t i = 0; i < n; ++i) p.data[i] -= lse[first + i];
-      exp(p.data, n);
-      for (int64_t i = 0; i < n; ++i)
-        grad_score.data[i] = p.data[i] * (grad_score.data[i] - delta[first + i]);
-      const auto& products = row_products<acc_t>();
-      products.combine(grad_score.data, q.row(first), q.stride, n, D, k_sums.data + (j - block.begin) * D);
-      products.combine(p.data, grad_out.row(first), grad_out.stride, n, Dv,
-                       v_sums.data + (j - block.begin) * Dv);
-    }
+  const Range seen = band.queries(block);
+  const int64_t group = problem.H / problem.Hkv;
+  const auto& multiply_add = row_products<acc_t>().multiply_add;
+  const Slab<scalar_t> k(problem.k, b, head, block), v(problem.v, b, head, block);
+  Matrix<acc_t> k_sums(block.size(), problem.D), v_sums(block.size(), problem.Dv);
+  Matrix<acc_t> p(kTile, seen.size()), grad_scores(kTile, seen.size());
+  k_sums.zero(), v_sums.zero();
+  for (int64_t h = head * group; h < (head + 1) * group && seen.size() > 0; ++h) {
+    const Slab<scalar_t> q(problem.q, b, h, seen), grad_out(backward.grad_out, b, h, seen);
+    const TransposedSlab<scalar_t> q_columns(problem.q, b, h, seen),
+        grad_columns(backward.grad_out, b, h, seen);
+    for_each_tile(block, [&](Range tile) {
+      const Range all = band.queries(tile);
+      if (all.size() == 0) return;
+      const int64_t first = tile.begin - block.begin;
+      q_columns.dots(k.from(tile.begin), tile.size(), all, p);
+      grad_columns.dots(v.from(tile.begin), tile.size(), all, grad_scores);
+      for (int64_t r = 0; r < tile.size(); ++r) {
+        key_row(backward, b, h, tile.begin + r, all, p.row(r), grad_scores.row(r));
+      }
+      multiply_add(grad_scores, q.from(all.begin), {k_sums.row(first), k_sums.stride}, tile.size(),
+                   all.size(), problem.D);
+      multiply_add(p, grad_out.from(all.begin), {v_sums.row(first), v_sums.stride}, tile.size(), all.size(),
+                   problem.Dv);
+    });
   }
-  for (int64_t d = 0; d < block.size() * D; ++d) k_sums.data[d] *= problem.scale;
-  for (int64_t j = block.begin; j < block.end; ++j) {
-    store(k_sums.data + (j - block.begin) * D, grad_k.at(b, j, head), D);
-    store(v_sums.data + (j - block.begin) * Dv, grad_v.at(b, j, head), Dv);
+  for (int64_t r = 0; r < block.size(); ++r) {
+    for (int64_t d = 0; d < problem.D; ++d) k_sums.row(r)[d] *= problem.scale;
+    store(k_sums.row(r), grad_k.at(b, block.begin + r, head), problem.D);
+    store(v_sums.row(r), grad_v.at(b, block.begin + r, head), problem.Dv);
   }
 }
 
