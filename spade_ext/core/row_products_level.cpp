@@ -78,7 +78,9 @@ void exp(T* x, int64_t n) {
 
 }  // namespace
 
-extern const RowProducts<float> row_products_float = {multiply_add<float>, exp<float>};
-extern const RowProducts<double> row_products_double = {multiply_add<double>, exp<double>};
+extern const RowProducts<float> row_products_float = {Vectorized<float>::size(), multiply_add<float>,
+                                                      exp<float>};
+extern const RowProducts<double> row_products_double = {Vectorized<double>::size(), multiply_add<double>,
+                                                        exp<double>};
 
 }  // namespace spade_ext::CPU_CAPABILITY

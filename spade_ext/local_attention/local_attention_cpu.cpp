@@ -85,7 +85,7 @@ void forward_block(const Problem<scalar_t>& problem, int64_t b, int64_t h, Range
       *lse++ = softmax_row(problem, b, h, tile.begin + r, all, p.row(r));
     problem.for_each_run(b, all, [&](Range run) {
       row_products<acc_t>().multiply_add({p.data + run.begin - all.begin, p.stride}, v.from(run.begin), sums,
-                                         tile.size(), run.size(), problem.Dv);
+                                         tile.size(), run.size(), whole_vectors<acc_t>(problem.Dv));
     });
     for (int64_t r = 0; r < tile.size(); ++r) store(sums.row(r), out.at(b, tile.begin + r, h), problem.Dv);
   });
@@ -175,7 +175,8 @@ void backward_queries_block(const Backward<scalar_t>& backward, int64_t b, int64
     }
     problem.for_each_run(b, all, [&](Range run) {
       row_products<acc_t>().multiply_add({grad_scores.data + run.begin - all.begin, grad_scores.stride},
-                                         k.from(run.begin), sums, tile.size(), run.size(), problem.D);
+                                         k.from(run.begin), sums, tile.size(), run.size(),
+                                         whole_vectors<acc_t>(problem.D));
     });
     for (int64_t r = 0; grad_q && r < tile.size(); ++r) {
       for (int64_t d = 0; d < problem.D; ++d) sums.row(r)[d] *= problem.scale;
@@ -270,9 +271,9 @@ void backward_keys_block(const Backward<scalar_t>& backward, int64_t b, int64_t 
         key_row(backward, b, h, tile.begin + r, all, p.row(r), grad_scores.row(r));
       }
       multiply_add(grad_scores, q.from(all.begin), {k_sums.row(first), k_sums.stride}, tile.size(),
-                   all.size(), problem.D);
+                   all.size(), whole_vectors<acc_t>(problem.D));
       multiply_add(p, grad_out.from(all.begin), {v_sums.row(first), v_sums.stride}, tile.size(), all.size(),
-                   problem.Dv);
+                   whole_vectors<acc_t>(problem.Dv));
     });
   }
   for (int64_t r = 0; r < block.size(); ++r) {

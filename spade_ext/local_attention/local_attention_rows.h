@@ -119,10 +119,14 @@ struct Problem {
   }
 };
 
-// Vector loops may run up to this many entries past the end of a row of scratch.
+// Vector loops run on whole vectors, so past the end of a row of scratch, by less than this.
 constexpr int64_t kSlack = 16;
 
-inline int64_t with_slack(int64_t n) { return (n + kSlack - 1) / kSlack * kSlack; }
+template <class acc_t>
+int64_t whole_vectors(int64_t n) {
+  const int64_t lanes = row_products<acc_t>().lanes;
+  return (n + lanes - 1) / lanes * lanes;
+}
 
 // Scratch: a matrix with slack at the end of each row.
 template <class acc_t>
@@ -141,7 +145,8 @@ struct Matrix {
   operator MatrixView<const acc_t>() const { return {data, stride}; }
 };
 
-// Some rows of one head in the type of sums: where they stand, or a copy if their type is another one.
+// Some rows of one head in the type of sums: where they stand, or a copy if their type is another one or if
+// they do not end with a whole vector.
 template <class scalar_t>
 struct Slab {
   using acc_t = at::opmath_type<scalar_t>;
@@ -150,14 +155,18 @@ struct Slab {
   const acc_t* data;
 
   Slab(const Rows<scalar_t>& rows, int64_t b, int64_t h, Range range) : begin(range.begin) {
+    const int64_t width = rows.tensor.size(3), padded = whole_vectors<acc_t>(width);
     if constexpr (std::is_same_v<scalar_t, acc_t>) {
-      data = rows.at(b, range.begin, h);
-      stride = rows.tensor.stride(1);
-    } else {
-      const int64_t width = rows.tensor.size(3);
-      copy.emplace(range.size(), width);
-      data = copy->data, stride = copy->stride;
-      for (int64_t l = 0; l < range.size(); ++l) std::copy_n(rows.at(b, begin + l, h), width, copy->row(l));
+      if (width == padded) {
+        data = rows.at(b, begin, h), stride = rows.tensor.stride(1);
+        return;
+      }
+    }
+    copy.emplace(range.size(), padded);
+    data = copy->data, stride = copy->stride;
+    for (int64_t l = 0; l < range.size(); ++l) {
+      std::copy_n(rows.at(b, begin + l, h), width, copy->row(l));
+      std::fill_n(copy->row(l) + width, padded - width, acc_t(0));
     }
   }
   MatrixView<const acc_t> from(int64_t l) const { return {data + (l - begin) * stride, stride}; }
@@ -181,7 +190,7 @@ struct TransposedSlab {
   }
   // out (n, range.size()) = x . row l for n rows x; the slack of out gets numbers without meaning.
   void dots(MatrixView<const acc_t> x, int64_t n, Range range, MatrixView<acc_t> out) const {
-    const int64_t padded = with_slack(range.size());
+    const int64_t padded = whole_vectors<acc_t>(range.size());
     for (int64_t r = 0; r < n; ++r) std::fill_n(out.data + r * out.stride, padded, acc_t(0));
     row_products<acc_t>().multiply_add(x, {columns.row(0) + range.begin - begin, columns.stride}, out, n,
                                        width, padded);
@@ -191,7 +200,7 @@ struct TransposedSlab {
 // exp of n entries of a row of scratch, which are followed by slack or by entries without meaning.
 template <class acc_t>
 void exp(acc_t* x, int64_t n) {
-  row_products<acc_t>().exp(x, with_slack(n));
+  row_products<acc_t>().exp(x, whole_vectors<acc_t>(n));
 }
 
 // A row holds entries for `all`; those outside of `part` become 0.
