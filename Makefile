@@ -2,7 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
-BUILD = build/$(shell $(BIN)/python -c "import sys; print(sys.implementation.cache_tag)")
+BUILD = build/$(shell $(BIN)/python -c "import sys, importlib.metadata as m; \
+	print(sys.implementation.cache_tag + '-torch-' + m.version('torch'))")
 RECIPE := recipes/quickstart/listops.yaml
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
@@ -14,19 +15,23 @@ help: ## show this list
 venv: $(BIN)/ninja
 $(BIN)/ninja:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q torch==2.13.0 "setuptools>=77" "cmake>=3.24" ninja
+	$(BIN)/pip install torch==2.13.0 "setuptools>=77" "cmake>=3.24" ninja
 
-build: venv catch2 ## build and install into .venv, editable, with tests and tools
+build: venv catch2 ## build and install into .venv, editable, with tests and tools (as root, apt-get installs Catch2)
 	CMAKE_ARGS=-DSPADE_EXT_TESTS=ON $(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 
 test: build ## build and run every test, Catch2 and Python
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 	$(BIN)/pytest -n $(JOBS)
 
-lint: build ## check ruff and clang-format
+lint: $(BIN)/ruff ## check ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.h' '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# Their versions stand in pyproject.toml.
+$(BIN)/ruff: | $(BIN)/ninja
+	$(BIN)/pip install -q $$(sed -nE 's/.*"((ruff|clang-format)==[^"]+)".*/\1/p' pyproject.toml)
 
 demo: venv ## build, then train and evaluate a SPADE on ListOps in minutes
 	$(BIN)/pip install -q --no-build-isolation -e ".[train]"

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,8 +19,9 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def torch_version() -> str:
+    """With its local part, such as 2.13.0+cpu."""
     try:
-        return importlib.metadata.version("torch").split("+")[0]
+        return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         sys.exit(
             "spade-ext: torch is not installed: run `pip install torch==2.13.0`, or build without --no-build-isolation"
@@ -31,13 +33,17 @@ def find_program(name: str, *, install: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    build_folder = ROOT / "build" / sys.implementation.cache_tag
+    # One folder a torch: what was compiled for one must not be linked for another.
+    build_folder = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch_version()}"
 
     def build_extension(self, ext: Extension) -> None:
         find_program(
-            shlex.split(os.environ.get("CXX", "c++"))[-1],
+            shlex.split(os.environ.get("CXX") or "c++")[0],
             install="install g++ 11 or newer, or name a C++20 compiler in CXX",
         )
+        include = sysconfig.get_path("include")
+        if not Path(include, "Python.h").is_file():
+            sys.exit(f"spade-ext: no Python.h was found in {include}: install Python's headers (python3-dev)")
         self.cmake = find_program("cmake", install="run `pip install cmake`")
         ninja = find_program("ninja", install="run `pip install ninja`")
         configure = [self.cmake, "-S", ROOT, "-B", self.build_folder, "-G", "Ninja"]
@@ -52,6 +58,7 @@ class CMakeBuild(build_ext):
         self.install_into(ROOT / "python" / "spade_ext")
 
     def install_into(self, folder: Path) -> None:
+        (folder / "_build.py").unlink(missing_ok=True)  # CMake takes one of the same second for its own
         install = [self.cmake, "--install", self.build_folder, "--component", "python", "--prefix", folder.resolve()]
         subprocess.run(install, check=True)
 
@@ -59,5 +66,5 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[Extension("spade_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    install_requires=[f"torch=={torch_version()}"],
+    install_requires=[f"torch=={torch_version().split('+')[0]}"],
 )

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-BUILD = Path(__file__).resolve().parents[1] / "build" / sys.implementation.cache_tag
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
 OBJECTS = sorted(BUILD.glob("CMakeFiles/level_*.dir/**/*.o"))
 
 

@@ -52,6 +52,17 @@ def test_build_without_a_compiler(tmp_path):
     )
 
 
+@pytest.mark.parametrize("program", ["cmake", "ninja"])
+def test_build_without_a_build_tool(tmp_path, program):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in {"c++", "cmake", "ninja"} - {program}:
+        (tools / name).symlink_to("/bin/true")
+    assert build_error(tmp_path, PATH=str(tools), CXX="") == (
+        f"spade-ext: no {program} was found: run `pip install {program}`"
+    )
+
+
 def test_build_information():
     info = spade_ext.build_info()
     assert info["version"] == spade_ext.__version__
@@ -63,3 +74,5 @@ def test_build_information():
 def test_cpu_build_of_torch_gives_cpu_kernels():
     """An nvcc on the machine changes nothing."""
     assert spade_ext.build_info()["kernels"] == "CPU"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("spade_ext::long_conv", "CPU")
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("spade_ext::long_conv", "CUDA")

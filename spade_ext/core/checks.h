@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <sstream>
 #include <string>
 
@@ -34,6 +35,12 @@ inline void check_like(const char* op, const char* name, const at::Tensor& t, co
                    ", expected ", like.scalar_type(), ", the dtype of ", like_name);
   TORCH_CHECK_VALUE(t.device() == like.device(), op, ": ", name, " is on ", t.device(), ", expected ",
                     like.device(), ", the device of ", like_name);
+}
+
+// A backward op can be called by anyone: its output_mask asks only for gradients of tensors that were given.
+inline void check_wanted(const char* op, const char* name, bool wanted, const std::optional<at::Tensor>& t) {
+  TORCH_CHECK_VALUE(!wanted || (t.has_value() && t->defined()), op, ": output_mask wants the gradient of ",
+                    name, ", which is None, expected a tensor");
 }
 
 inline void check_float32_or_float64(const char* op, const char* name, const at::Tensor& t) {

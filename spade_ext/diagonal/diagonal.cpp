@@ -18,7 +18,6 @@ at::Tensor diagonal_kernel(const at::Tensor& w, const at::Tensor& c, const std::
 
 namespace diagonal_kernel_op {
 
-using diagonal_kernel_shapes::OptionalTensor;
 using OptionalString = std::optional<std::string_view>;
 using Grads = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
@@ -37,14 +36,12 @@ at::Tensor meta(const at::Tensor& w, const at::Tensor& c, const OptionalTensor& 
   return at::empty_symint({c.sym_size(0), c.sym_size(1), length}, c.options());
 }
 
-Grads backward_meta(const at::Tensor&, const at::Tensor& w, const at::Tensor& c, const OptionalTensor& log_dt,
-                    OptionalString, double, std::array<bool, 3> output_mask) {
-  auto empty_like = [](const at::Tensor& t) { return at::empty_symint(t.sym_sizes(), t.options()); };
-  Grads grads;
-  if (output_mask[0]) std::get<0>(grads) = empty_like(w);
-  if (output_mask[1]) std::get<1>(grads) = empty_like(c);
-  if (output_mask[2]) std::get<2>(grads) = empty_like(*log_dt);
-  return grads;
+Grads backward_meta(const at::Tensor& grad_k, const at::Tensor& w, const at::Tensor& c,
+                    const OptionalTensor& log_dt, OptionalString disc, double rate,
+                    std::array<bool, 3> output_mask) {
+  diagonal_kernel_shapes::check_backward(grad_k, w, c, log_dt, disc, rate, output_mask);
+  return {empty_gradient(output_mask[0], w), empty_gradient(output_mask[1], c),
+          empty_gradient(output_mask[2], log_dt)};
 }
 
 struct DiagonalKernelFunction : torch::autograd::Function<DiagonalKernelFunction> {

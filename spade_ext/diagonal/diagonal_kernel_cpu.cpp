@@ -11,7 +11,6 @@
 
 namespace spade_ext::diagonal_cpu {
 
-using diagonal_kernel_shapes::OptionalTensor;
 using diagonal_math::Disc;
 using diagonal_math::Discrete;
 using OptionalString = std::optional<std::string_view>;
@@ -248,6 +247,7 @@ at::Tensor diagonal_kernel(const at::Tensor& w, const at::Tensor& c, const Optio
 std::tuple<at::Tensor, at::Tensor, at::Tensor> diagonal_kernel_backward(
     const at::Tensor& grad_k, const at::Tensor& w, const at::Tensor& c, const OptionalTensor& log_dt,
     OptionalString disc, double rate, std::array<bool, 3> output_mask) {
+  diagonal_kernel_shapes::check_backward(grad_k, w, c, log_dt, disc, rate, output_mask);
   const auto g = grad_k.contiguous();
   auto [grad_w, grad_c, grad_log_dt] = dispatch(
       w, c, log_dt, grad_k.size(2), disc, rate,

@@ -9,8 +9,6 @@
 
 namespace spade_ext::diagonal_kernel_shapes {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 inline diagonal_math::Disc parse_disc(std::optional<std::string_view> disc) {
   using diagonal_math::Disc;
   if (!disc) return Disc::none;
@@ -53,6 +51,17 @@ inline void check(const at::Tensor& w, const at::Tensor& c, const OptionalTensor
   TORCH_CHECK_VALUE(length.sym_ge(0).expect_true(__FILE__, __LINE__), op, ": length is ", length,
                     ", expected 0 or more");
   TORCH_CHECK_VALUE(rate > 0 && std::isfinite(rate), op, ": rate is ", rate, ", expected a positive number");
+}
+
+inline void check_backward(const at::Tensor& grad_k, const at::Tensor& w, const at::Tensor& c,
+                           const OptionalTensor& log_dt, std::optional<std::string_view> disc, double rate,
+                           std::array<bool, 3> output_mask) {
+  constexpr const char* op = "diagonal_kernel";
+  check_dim(op, "grad_k", grad_k, 3, "(C, H, length)");
+  check(w, c, log_dt, grad_k.sym_size(2), disc, rate);
+  check_like(op, "grad_k", grad_k, "w", w);
+  for (int64_t dim : {0, 1}) check_size(op, "grad_k", grad_k, dim, c.sym_size(dim), "(C, H, length)");
+  check_wanted(op, "log_dt", output_mask[2], log_dt);
 }
 
 }  // namespace spade_ext::diagonal_kernel_shapes

@@ -20,7 +20,6 @@ at::Tensor local_attention(const at::Tensor& q, const at::Tensor& k, const at::T
 
 namespace local_attention_op {
 
-using local_attention_shapes::OptionalTensor;
 using Forward = std::tuple<at::Tensor, at::Tensor>;
 using Grads = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -47,23 +46,20 @@ Grads backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor
 Forward forward_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                      const OptionalTensor& bias, const OptionalTensor& attention_mask, c10::SymInt left,
                      c10::SymInt right, double) {
-  local_attention_shapes::check_tensors(q, k, v, attention_mask);
-  local_attention_shapes::check_bias(bias, q, left + right + 1, "(H, left + right + 1)");
+  local_attention_shapes::check_band(q, k, v, bias, attention_mask, left, right);
   const auto B = q.sym_size(0), Lq = q.sym_size(1), H = q.sym_size(2);
   return {at::empty_symint({B, Lq, H, v.sym_size(3)}, q.options()),
           at::empty_symint({B, H, Lq}, local_attention_shapes::statistics_options(q))};
 }
 
-Grads backward_meta(const at::Tensor&, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                    const OptionalTensor& bias, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
-                    c10::SymInt, c10::SymInt, double, std::array<bool, 4> output_mask) {
-  auto empty_like = [](const at::Tensor& t) { return at::empty_symint(t.sym_sizes(), t.options()); };
-  Grads grads;
-  if (output_mask[0]) std::get<0>(grads) = empty_like(q);
-  if (output_mask[1]) std::get<1>(grads) = empty_like(k);
-  if (output_mask[2]) std::get<2>(grads) = empty_like(v);
-  if (output_mask[3]) std::get<3>(grads) = empty_like(*bias);
-  return grads;
+Grads backward_meta(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const OptionalTensor& bias, const OptionalTensor& attention_mask, const at::Tensor& out,
+                    const at::Tensor& lse, c10::SymInt left, c10::SymInt right, double,
+                    std::array<bool, 4> output_mask) {
+  local_attention_shapes::check_backward(grad_out, q, k, v, bias, attention_mask, out, lse, left, right,
+                                         output_mask);
+  return {empty_gradient(output_mask[0], q), empty_gradient(output_mask[1], k),
+          empty_gradient(output_mask[2], v), empty_gradient(output_mask[3], bias)};
 }
 
 struct LocalAttentionFunction : torch::autograd::Function<LocalAttentionFunction> {

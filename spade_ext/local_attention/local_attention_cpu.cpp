@@ -287,8 +287,7 @@ std::tuple<at::Tensor, at::Tensor> local_attention_forward(const at::Tensor& q, 
                                                            const at::Tensor& v, const OptionalTensor& bias,
                                                            const OptionalTensor& attention_mask, int64_t left,
                                                            int64_t right, double scale) {
-  local_attention_shapes::check_tensors(q, k, v, attention_mask);
-  local_attention_shapes::check_bias(bias, q, left + right + 1, "(H, left + right + 1)");
+  local_attention_shapes::check_band(q, k, v, bias, attention_mask, left, right);
   auto out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   auto lse = at::empty({q.size(0), q.size(2), q.size(1)}, local_attention_shapes::statistics_options(q));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "local_attention", [&] {
@@ -307,16 +306,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_attention_backw
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const OptionalTensor& bias, const OptionalTensor& attention_mask, const at::Tensor& out,
     const at::Tensor& lse, int64_t left, int64_t right, double scale, std::array<bool, 4> output_mask) {
-  auto empty_like = [](const at::Tensor& t) { return at::empty(t.sizes(), t.options()); };
-  at::Tensor grad_q, grad_k, grad_v, grad_bias;
-  if (output_mask[0]) grad_q = empty_like(q);
-  if (output_mask[1] || output_mask[2]) grad_k = empty_like(k), grad_v = empty_like(v);
-  if (output_mask[3]) grad_bias = empty_like(*bias);
+  local_attention_shapes::check_backward(grad_out, q, k, v, bias, attention_mask, out, lse, left, right,
+                                         output_mask);
+  const bool key_grads = output_mask[1] || output_mask[2];  // one sweep gives both
+  const auto grad_q = empty_gradient(output_mask[0], q), grad_bias = empty_gradient(output_mask[3], bias),
+             grad_k = empty_gradient(key_grads, k), grad_v = empty_gradient(key_grads, v);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "local_attention_backward", [&] {
     const Problem<scalar_t> problem(q, k, v, bias, attention_mask, left, right, scale);
     const Backward<scalar_t> backward(problem, grad_out, out, lse);
     if (grad_q.defined() || grad_bias.defined()) backward_queries(backward, grad_q, grad_bias);
-    if (!grad_k.defined()) return;
+    if (!key_grads) return;
     const Rows<scalar_t> k_rows(grad_k), v_rows(grad_v);
     for_each_block(problem.B, problem.Hkv, problem.band.Lk, kBlock,
                    [&](int64_t b, int64_t head, Range block) {

@@ -12,8 +12,6 @@
 
 namespace spade_ext::local_attention_cpu {
 
-using local_attention_shapes::OptionalTensor;
-
 struct Range {
   int64_t begin, end;
   int64_t size() const { return std::max<int64_t>(end - begin, 0); }

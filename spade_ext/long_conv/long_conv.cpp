@@ -18,8 +18,6 @@ at::Tensor long_conv(const at::Tensor& u, const at::Tensor& k, const std::option
 
 namespace long_conv_op {
 
-using long_conv_shapes::OptionalTensor;
-
 LongConvGrads backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& k,
                        const OptionalTensor& skip, const OptionalTensor& k_reverse,
                        std::array<bool, 4> output_mask) {
@@ -35,16 +33,13 @@ at::Tensor meta(const at::Tensor& u, const at::Tensor& k, const OptionalTensor& 
   return long_conv_shapes::empty_output(u, k);
 }
 
-LongConvGrads backward_meta(const at::Tensor&, const at::Tensor& u, const at::Tensor& k,
+LongConvGrads backward_meta(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& k,
                             const OptionalTensor& skip, const OptionalTensor& k_reverse,
                             std::array<bool, 4> output_mask) {
-  auto empty_like = [](const at::Tensor& t) { return at::empty_symint(t.sym_sizes(), t.options()); };
-  LongConvGrads grads;
-  if (output_mask[0]) std::get<0>(grads) = long_conv_shapes::empty_grad_u(u);
-  if (output_mask[1]) std::get<1>(grads) = empty_like(k);
-  if (output_mask[2]) std::get<2>(grads) = empty_like(*skip);
-  if (output_mask[3]) std::get<3>(grads) = empty_like(*k_reverse);
-  return grads;
+  long_conv_shapes::check_backward(grad_y, u, k, skip, k_reverse, output_mask);
+  return {output_mask[0] ? long_conv_shapes::empty_grad_u(u) : at::Tensor(),
+          empty_gradient(output_mask[1], k), empty_gradient(output_mask[2], skip),
+          empty_gradient(output_mask[3], k_reverse)};
 }
 
 struct LongConvFunction : torch::autograd::Function<LongConvFunction> {

@@ -14,7 +14,6 @@
 
 namespace spade_ext::long_conv_cpu {
 
-using long_conv_shapes::OptionalTensor;
 using long_conv_shapes::with_channels;
 
 // 64 rows of a transform stay in a core's cache at usual lengths.
@@ -113,12 +112,13 @@ at::Tensor long_conv(const at::Tensor& u, const at::Tensor& k, const OptionalTen
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> long_conv_backward(
     const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& k, const OptionalTensor& skip,
     const OptionalTensor& k_reverse, std::array<bool, 4> output_mask) {
-  auto zeros_like = [](const at::Tensor& t) { return at::zeros(t.sizes(), t.options()); };
-  at::Tensor grad_u, grad_k, grad_skip, grad_k_reverse;
-  if (output_mask[0]) grad_u = long_conv_shapes::empty_grad_u(u);
-  if (output_mask[1]) grad_k = zeros_like(k);
-  if (output_mask[2]) grad_skip = zeros_like(*skip);
-  if (output_mask[3]) grad_k_reverse = zeros_like(*k_reverse);
+  long_conv_shapes::check_backward(grad_y, u, k, skip, k_reverse, output_mask);
+  const auto grad_u = output_mask[0] ? long_conv_shapes::empty_grad_u(u) : at::Tensor();
+  const auto grad_k = empty_gradient(output_mask[1], k), grad_skip = empty_gradient(output_mask[2], skip),
+             grad_k_reverse = empty_gradient(output_mask[3], k_reverse);
+  for (const auto& grad : {grad_k, grad_skip, grad_k_reverse}) {
+    if (grad.defined()) grad.zero_();  // what lies beyond the signal stays 0
+  }
   const bool kernel_grads = output_mask[1] || output_mask[2] || output_mask[3];
   if (grad_y.numel() == 0) {
     if (output_mask[0]) grad_u.zero_();

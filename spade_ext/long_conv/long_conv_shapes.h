@@ -7,8 +7,6 @@
 
 namespace spade_ext::long_conv_shapes {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 // Kernels without a channel dimension are seen as one channel.
 inline at::Tensor with_channels(const at::Tensor& t, const at::Tensor& k) {
   return k.dim() == 2 && t.defined() ? t.unsqueeze(0) : t;
@@ -37,6 +35,21 @@ inline void check(const at::Tensor& u, const at::Tensor& k, const OptionalTensor
     check_size("long_conv", "skip", *skip, -1, u.sym_size(1), letters);
     if (k.dim() == 3) check_size("long_conv", "skip", *skip, 0, k.sym_size(0), letters);
   }
+}
+
+inline void check_backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& k,
+                           const OptionalTensor& skip, const OptionalTensor& k_reverse,
+                           std::array<bool, 4> output_mask) {
+  check(u, k, skip, k_reverse);
+  const bool channels = k.dim() == 3;
+  const char* letters = channels ? "(B, C, H, L)" : "(B, H, L)";
+  check_dim("long_conv", "grad_y", grad_y, channels ? 4 : 3, letters);
+  check_like("long_conv", "grad_y", grad_y, "u", u);
+  check_size("long_conv", "grad_y", grad_y, 0, u.sym_size(0), letters);
+  if (channels) check_size("long_conv", "grad_y", grad_y, 1, k.sym_size(0), letters);
+  for (int64_t dim : {1, 2}) check_size("long_conv", "grad_y", grad_y, dim - 3, u.sym_size(dim), letters);
+  check_wanted("long_conv", "skip", output_mask[2], skip);
+  check_wanted("long_conv", "k_reverse", output_mask[3], k_reverse);
 }
 
 inline bool is_channels_last(const at::Tensor& u) {

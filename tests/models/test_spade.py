@@ -2,6 +2,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -210,6 +211,14 @@ def test_autocast():
     torch.testing.assert_close(logits.float(), model(ids).logits, rtol=0.1, atol=0.02)
 
 
+def test_compiles_as_one_graph_for_all_lengths():
+    model = classifier()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for L in (20, 33, 64):
+        ids = batch(2, L)
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+
+
 def test_regression_loss():
     model = classifier(num_labels=1)
     labels = torch.randn(3)
@@ -220,6 +229,7 @@ def test_regression_loss():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"hidden_size": 0}, r"hidden_size is 0, expected at least 1"),
         ({"num_attention_heads": 3}, r"num_attention_heads is 3, expected a divisor of hidden_size = 16"),
         ({"window": (3,)}, r"window is \(3,\), expected \(left, right\), both 0 or more"),
         ({"causal": True}, r"window is \(3, 3\), expected a right of 0, since causal is True"),
@@ -233,7 +243,7 @@ def test_regression_loss():
     ],
 )
 def test_configurations_that_cannot_be(options, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         config(**options)
 
 
@@ -241,5 +251,5 @@ def test_wrong_inputs():
     model = classifier()
     with pytest.raises(ValueError, match="input_ids and inputs_embeds are both or neither given, expected one"):
         model()
-    with pytest.raises(ValueError, match=r"attention_mask has shape \[3, 1, 1, 20\], expected \(B, L\)"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[3, 1, 1, 20\], expected \[3, 20\], \(B, L\)"):
         model(batch(), torch.ones(3, 1, 1, 20))

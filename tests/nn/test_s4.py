@@ -198,6 +198,15 @@ def test_errors(options, message):
         nn.S4(**{"d_model": 6, "d_state": 8, "kernel": "s4d", **options})
 
 
+@pytest.mark.parametrize("layer", [s4(), nn.LocalAttention(6, 2, window=(1, 1))], ids=["S4", "LocalAttention"])
+def test_attention_mask_is_of_any_type_but_of_one_shape(layer):
+    x, mask = torch.randn(2, 2, 6), torch.tensor([[1, 1], [1, 0]])
+    for dtype in (torch.bool, torch.float32):
+        assert torch.equal(layer(x, mask.to(dtype)), layer(x, mask))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[2\], expected \[2, 2\], \(B, L\)"):
+        layer(x, mask[0])
+
+
 def test_error_of_a_wrong_input():
     with pytest.raises(ValueError, match=r"x has shape \[2, 5, 7\], expected \(B, L, 6\)"):
         s4()(torch.zeros(2, 5, 7))

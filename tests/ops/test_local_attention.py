@@ -248,6 +248,7 @@ ERRORS = [
     (ValueError, {"attention_mask": torch.ones(7).bool()}, r"attention_mask has shape \[7\], expected \(B, Lk\)"),
     (ValueError, {"attention_mask": torch.ones(2, 9).bool()}, r"attention_mask has shape \[2, 9\], expected 7 in"),
     (ValueError, {"window": (-1, 2)}, r"window is \[-1, 2\], expected \(left, right\), both 0 or more"),
+    (ValueError, {"window": (2**63 - 1, 0)}, r"window is \[9223372036854775807, 0\], expected at most 1099511627776"),
     (ValueError, {"window": (1, 2, 3)}, r"window is \[1, 2, 3\], expected \(left, right\), both 0 or more"),
     (ValueError, {"causal": True}, r"causal is true with window \[3, 2\], expected a window whose right is 0"),
     (TypeError, {"q": torch.ones(2, 9, 4, 3).long()}, r"q is Long, expected float64, float32, float16 or bfloat16"),

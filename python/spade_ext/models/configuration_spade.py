@@ -71,8 +71,10 @@ class SpadeConfig(PreTrainedConfig):
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            check(name, getattr(self, name) > 0, "at least 1")
         heads, width = self.num_attention_heads, self.hidden_size
-        check("num_attention_heads", heads > 0 and width % heads == 0, f"a divisor of hidden_size = {width}")
+        check("num_attention_heads", width % heads == 0, f"a divisor of hidden_size = {width}")
         check("window", len(self.window) == 2 and min(self.window) >= 0, "(left, right), both 0 or more")
         check("window", not self.causal or self.window[1] == 0, "a right of 0, since causal is True")
         check("hidden_act", self.hidden_act in ACT2FN, "an activation that transformers knows")

@@ -13,6 +13,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..nn import S4, LocalAttention, RelativePositionBias
+from ..nn.mask import real_tokens
 from .configuration_spade import SpadeConfig
 
 
@@ -145,11 +146,8 @@ class SpadeModel(SpadePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both or neither given, expected one of them")
-        if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, expected (B, L)")
-            attention_mask = attention_mask.bool()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        attention_mask = real_tokens(attention_mask, x)
         x = self.dropout(x)
         shared_bias = self.layers[0].mixer.attention.position_bias() if self.config.position_shared else None
         for layer in self.layers:
@@ -159,9 +157,9 @@ class SpadeModel(SpadePreTrainedModel):
 
 def pool(x: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     """(B, L, D) to (B, D): the mean, the first or the last of a sequence's real tokens; 0 where there are none."""
-    if attention_mask is None:
-        attention_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    mask = attention_mask.bool()
+    mask = real_tokens(attention_mask, x)
+    if mask is None:
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if pooling == "mean":
         weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
     else:

@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..ops import local_attention
+from .mask import real_tokens
 from .position import RelativePositionBias
 
 
@@ -68,7 +69,7 @@ class LocalAttention(nn.Module):
         q, k, v = (linear(x).unflatten(-1, (self.n_heads, -1)) for linear in (self.q, self.k, self.v))
         if position_bias is not None:
             position_bias = position_bias.to(q.dtype)
-        out = local_attention(q, k, v, position_bias, window=self.window, attention_mask=attention_mask)
+        out = local_attention(q, k, v, position_bias, window=self.window, attention_mask=real_tokens(attention_mask, x))
         return self.o(out.flatten(-2))
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import diagonal_kernel, long_conv
 from .hippo import diagonal_state_matrix
+from .mask import real_tokens
 
 
 def complex_product(a: Tensor, b: Tensor) -> Tensor:
@@ -134,8 +135,8 @@ class S4(nn.Module):
         if x.dim() != 3 or x.size(-1) != self.d_model:
             raise ValueError(f"x has shape {list(x.shape)}, expected (B, L, {self.d_model})")
         u = x.to(self.D.dtype)
-        if attention_mask is not None:
-            u = u.masked_fill(~attention_mask.bool()[..., None], 0)
+        if (mask := real_tokens(attention_mask, x)) is not None:
+            u = u.masked_fill(~mask[..., None], 0)
         k = self.convolution_kernel(x.size(1), rate)
         forward, reverse = k.chunk(2) if self.bidirectional else (k, None)
         y = long_conv(u.transpose(1, 2), forward, self.D, reverse)  # (B, C, H, L)

@@ -1,0 +1,41 @@
+"""The inner ops can be called by anyone, so they refuse what the public ones would never give them."""
+
+import pytest
+import torch
+
+OPS = torch.ops.spade_ext
+
+
+def long_conv_backward(device, grad_shape=(2, 3, 5), output_mask=(True, True, False, False)):
+    u, k = torch.ones(2, 3, 5, device=device), torch.ones(3, 5, device=device)
+    return OPS.long_conv_backward(torch.ones(grad_shape, device=device), u, k, None, None, output_mask)
+
+
+def diagonal_kernel_backward(device, grad_shape=(1, 3, 5), output_mask=(True, True, False)):
+    w, c = torch.ones(1, 2, device=device), torch.ones(1, 3, 2, device=device)
+    return OPS.diagonal_kernel_backward(torch.ones(grad_shape, device=device), w, c, None, None, 1.0, output_mask)
+
+
+def local_attention_backward(device, grad_shape=(2, 5, 2, 4), output_mask=(True, True, True, False), left=1):
+    q = torch.ones(2, 5, 2, 4, device=device)
+    grad, lse = torch.ones(grad_shape, device=device), torch.ones(2, 2, 5, device=device)
+    return OPS.local_attention_backward(grad, q, q, q, None, None, q, lse, left, 1, 0.5, output_mask)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("backward", "change", "message"),
+    [
+        (long_conv_backward, {"grad_shape": (2, 3, 4)}, r"grad_y has shape \[2, 3, 4\], expected 5 in dimension -1"),
+        (long_conv_backward, {"output_mask": [True] * 4}, "output_mask wants the gradient of skip, which is None"),
+        (diagonal_kernel_backward, {"grad_shape": (3, 5)}, r"grad_k has shape \[3, 5\], expected \(C, H, length\)"),
+        (diagonal_kernel_backward, {"output_mask": [True] * 3}, "output_mask wants the gradient of log_dt"),
+        (local_attention_backward, {"grad_shape": (2, 4, 2, 4)}, r"grad_out has shape .*, expected 5 in dimension 1"),
+        (local_attention_backward, {"output_mask": [True] * 4}, "output_mask wants the gradient of bias"),
+        (local_attention_backward, {"left": -5}, "left and right are -5 and 1, expected -1 to"),
+    ],
+)
+def test_errors(backward, change, message, device):
+    assert len(backward(device)) == len(change.get("output_mask", backward.__defaults__[1]))
+    with pytest.raises(ValueError, match=message):
+        backward(device, **change)
