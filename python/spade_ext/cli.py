@@ -5,6 +5,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+_TRAIN_PACKAGES = (
+    "accelerate",
+    "huggingface_hub",
+    "matplotlib",
+    "numpy",
+    "safetensors",
+    "tqdm",
+    "transformers",
+    "yaml",
+)
 _EPILOG = "Fields of a recipe are overridden by KEY=VALUE, for example training.max_steps=100 model.window=[64,64]."
 
 
@@ -25,6 +35,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)  # the rest: overrides after an option
+    if unknown := [text for text in rest if text.startswith("-") or "=" not in text]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.overrides += rest
+    return arguments
+
+
+def _disable_loading_bars() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # those of weights; the Trainer's stay
+
+
 def _data(arguments: argparse.Namespace) -> None:
     from .train import Recipe
 
@@ -37,6 +62,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from .train import Recipe, train
     from .train.run import CURVES_FILE
 
+    _disable_loading_bars()
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     metrics = train(recipe)
     folder = Path(recipe.training["output_dir"])
@@ -47,6 +73,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from .train import evaluate
 
+    _disable_loading_bars()
     split = arguments.split
     metrics = evaluate(arguments.run, split=split, overrides=arguments.overrides)
     rows = {"SPADE": metrics[f"{split}_accuracy"], **metrics["baselines"]}
@@ -56,13 +83,29 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"metrics: {arguments.run / f'{split}_metrics.json'}")
 
 
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"spade-ext: {message}", file=sys.stderr)
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; what a user got wrong is one sentence on stderr and exit code 2."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     command = {"data": _data, "train": _train, "evaluate": _evaluate}[arguments.command]
     try:
         command(arguments)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"spade-ext: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return _fail(_sentence(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _TRAIN_PACKAGES:
+            raise
+        return _fail(f"{error.name} is not installed, run `pip install 'spade-ext[train]'`")
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
     return 0

@@ -214,6 +214,7 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch):
         ({"min_length": 500, "max_length": 501}, "max_length is 501, expected an integer of at least 502"),
         ({"max_depth": 0}, "max_depth is 0, expected an integer of at least 1"),
         ({"max_args": 1}, "max_args is 1, expected an integer of at least 2"),
+        ({"seed": True}, "seed is True, expected an integer of at least 0"),
         ({"seed": -1}, "seed is -1, expected an integer of at least 0"),
         ({"workers": 0}, "workers is 0, expected an integer of at least 1"),
     ],
@@ -260,6 +261,14 @@ def test_matches_notices_a_changed_file(small, tmp_path):
     with open(tmp_path / FILES["test"], "a") as file:
         file.write("5\t5\n")
     assert not listops.matches(tmp_path, **SMALL)
+
+
+def test_matches_refuses_a_broken_record(small, tmp_path):
+    for path in small.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "generation.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation\.json is not JSON, expected"):
+        listops.matches(tmp_path, **SMALL)
 
 
 # Values
@@ -371,6 +380,11 @@ def test_malformed_file_is_refused(write, text, message):
 def test_missing_file_names_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"basic_val\.tsv does not exist.*`spade-ext data RECIPE`"):
         ListOps(tmp_path / "basic_val.tsv")
+
+
+def test_a_directory_is_refused(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a directory, expected a file"):
+        ListOps(tmp_path)
 
 
 def test_max_length_is_refused(write):

@@ -15,3 +15,5 @@ def test_recipe_can_be_built_and_says_what_it_costs(path):
     header = "".join(re.findall(r"^#(.*\n)", path.read_text(), re.MULTILINE))
     for word in ("Launch:", "Hardware:", "Time:", "Metric:"):
         assert word in header, f"{path} does not say {word}"
+    placeholder = re.search(r"(Time|Metric):\s*(TIME|METRIC)\b", header)
+    assert not placeholder, f"{path} still holds the placeholder {placeholder[2]}"

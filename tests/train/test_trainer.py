@@ -1,4 +1,5 @@
 import torch
+from torch import nn
 
 from spade_ext.models import SpadeConfig, SpadeForSequenceClassification
 from spade_ext.train import parameter_groups
@@ -47,6 +48,13 @@ def test_frozen_and_shared_parameters():
     members = [parameter for group in parameter_groups(module, 0.1) for parameter in group["params"]]
     assert sum(parameter is module.model.embed_tokens.weight for parameter in members) == 0
     assert sum(parameter is module.model.layers[0].feed_forward.fc1.weight for parameter in members) == 1
+
+
+def test_a_parameter_of_two_modules_is_in_the_group_of_the_first():
+    module = nn.ModuleList([nn.LayerNorm(4), nn.Linear(4, 4)])
+    module[1].weight = module[0].weight
+    groups = parameter_groups(module, weight_decay=0.1)
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.0, 3)]
 
 
 def test_the_schedule_scales_each_group_from_its_own_rate():

@@ -165,7 +165,7 @@ def _distinct(blocks: Iterable[list[tuple[str, int]]], rules: _Rules, total: int
 
 
 def _check_integer(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
+    if type(value) is not int or value < least:
         raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
 
 
@@ -228,9 +228,9 @@ def generate(
 
     The rules are the published ones, the stream is our own: block i of 1,000 attempts is drawn from
     `random.Random(seed * 2**32 + i)`, an attempt ending as soon as it is too long. Files depend on the options but not
-    on `workers` (default: one for each core). They appear complete or not at all, `generation.json` (options and
-    SHA-256 of each file) last. More than one worker means spawned processes, so a script must guard its call with
-    `if __name__ == "__main__"`.
+    on `workers` (default: one for each core). Each file appears whole; a failure while expressions are drawn leaves
+    none, and `generation.json` (options and SHA-256 of each file) comes last and marks the set complete. More than one
+    worker means spawned processes, so a script must guard its call with `if __name__ == "__main__"`.
 
     Raises:
         FileExistsError: `directory` already holds one of the three files.
@@ -259,14 +259,22 @@ def generate(
 
 
 def matches(directory: str | os.PathLike, **options: int) -> bool:
-    """Whether `directory` holds, unchanged, what `generate(directory, **options)` writes."""
+    """Whether `directory` holds, unchanged, what `generate(directory, **options)` writes.
+
+    Raises:
+        ValueError: generation.json is not JSON.
+    """
     arguments = inspect.signature(generate).bind(directory, **options)
     arguments.apply_defaults()
     expected = {name: value for name, value in arguments.arguments.items() if name not in ("directory", "workers")}
     directory = Path(directory)
     if not all((directory / name).is_file() for name in (*FILES.values(), _RECORD)):
         return False
-    return json.loads((directory / _RECORD).read_text()) == _record(directory, expected)
+    try:
+        record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{directory / _RECORD} is not JSON, expected what `spade-ext data` wrote") from None
+    return record == _record(directory, expected)
 
 
 def _shown(field: bytes) -> str:
@@ -300,7 +308,7 @@ class ListOps(Dataset):
         lengths: (N,) int64, tokens of each item.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, IsADirectoryError: no such file.
         ValueError: a line is malformed; the message names file and line.
     """
 
@@ -308,6 +316,8 @@ class ListOps(Dataset):
         _check_integer("max_length", max_length, 1)
         if not Path(path).exists():
             raise FileNotFoundError(f"{path} does not exist, expected a file that `spade-ext data RECIPE` makes")
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a directory, expected a file that `spade-ext data RECIPE` makes")
         ids, lengths, labels = bytearray(), [], []
         with open(path, "rb") as file:
             header = file.readline().rstrip(b"\r\n")

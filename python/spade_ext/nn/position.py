@@ -1,6 +1,7 @@
 """Position biases: tables over the distance of key and query that local attention adds to its scores."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class RelativePositionBias(nn.Module):
     Args:
         n_heads: number of heads H.
         num_buckets: rows of the table; even, at least 4.
-        max_distance: distance, in tokens, from which all share the last bucket; more than num_buckets.
+        max_distance: distance, in tokens, from which all share the last bucket; at least num_buckets.
 
     Source: T5 (arXiv 1910.10683), section 2.1; SPADE (arXiv 2212.08136) uses 32 buckets up to distance 128.
     """
@@ -54,6 +55,10 @@ class RelativePositionBias(nn.Module):
     def reset_parameters(self) -> None:
         """Normal with standard deviation 0.02."""
         nn.init.normal_(self.weight, std=0.02)
+
+    def parameter_options(self) -> dict[str, dict[str, Any]]:
+        """Optimizer options by parameter: no weight decay."""
+        return {"weight": {"weight_decay": 0.0}}
 
     def forward(self, left: int, right: int) -> Tensor:
         """The table (H, left + right + 1) for a window; buckets are one-sided when right is 0."""

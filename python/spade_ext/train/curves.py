@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -26,7 +27,7 @@ def plot_curves(history: Iterable[Mapping[str, Any]], baselines: Mapping[str, fl
 
     steps, accuracies = _series(history, "eval_accuracy")
     accuracy_axes.plot(steps, [100 * value for value in accuracies], marker=".", label="validation")
-    for (name, value), style in zip(baselines.items(), ("--", ":"), strict=False):
+    for (name, value), style in zip(baselines.items(), cycle(("--", ":", "-.")), strict=False):
         accuracy_axes.axhline(100 * value, color="gray", linestyle=style, label=name)
     accuracy_axes.set(xlabel="step", ylabel="accuracy (%)")
     accuracy_axes.legend()

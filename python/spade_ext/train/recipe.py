@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -39,7 +39,7 @@ class Recipe:
     Attributes:
         task: a name of `spade_ext.train.tasks.TASKS`.
         data: keyword arguments of the task's class.
-        model: fields of `SpadeConfig`; sizes that the task fixes, such as vocab_size, may be left out.
+        model: fields of `SpadeConfig`; those that the task fixes, such as vocab_size, are left out.
         training: fields of transformers' `TrainingArguments`.
     """
 
@@ -49,13 +49,23 @@ class Recipe:
     training: dict[str, Any]
 
     def __post_init__(self):
-        if self.task not in TASKS:
+        if self.task not in list(TASKS):
             raise ValueError(f"task is {self.task!r}, expected one of {', '.join(TASKS)}")
-        _check_section("data", self.data, TASKS[self.task])
-        _check_section("model", self.model, SpadeConfig)
-        _check_section("training", self.training, TrainingArguments)
-        _check_types("data", self.data, TASKS[self.task])
-        _check_types("training", self.training, TrainingArguments)
+        task = TASKS[self.task]
+        for section in ("data", "model", "training"):
+            _check_section(section, getattr(self, section))
+        for key in self.model:
+            if key in task.model_options:
+                raise ValueError(f"model.{key} is fixed by the task {self.task}, expected it to be left out")
+        _check_keys("data.", self.data, _keys(task))
+        _check_keys("model.", self.model, _keys(SpadeConfig))
+        _check_keys("training.", self.training, _keys(TrainingArguments))
+        _check_required("data", self.data, task)
+        _check_types("data", self.data, get_type_hints(task))
+        _check_types("training", self.training, get_type_hints(TrainingArguments))
+        generate = self.data.get("generate", {})
+        _check_keys("data.generate.", generate, list(task.generate_options))
+        _check_types("data.generate", generate, task.generate_options)
         try:
             self.model_config()  # checks its own types and combinations
         except StrictDataclassError as error:
@@ -96,7 +106,10 @@ class Recipe:
         return SpadeConfig(**{**TASKS[self.task].model_options, **self.model})
 
     def training_arguments(self) -> TrainingArguments:
-        return TrainingArguments(**self.training)
+        try:
+            return TrainingArguments(**self.training)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"training: {error}") from error
 
 
 def _parse_yaml(text: str) -> Any:
@@ -132,14 +145,19 @@ def _check_keys(prefix: str, content: Iterable[str], known: Sequence[str]) -> No
             raise ValueError(f"{prefix}{key} is not a known key, the nearest is {prefix}{nearest}")
 
 
-def _check_section(section: str, content: Any, cls: type) -> None:
+def _check_section(section: str, content: Any) -> None:
     if not isinstance(content, dict):
         raise ValueError(f"{section} is {content!r}, expected keys and values")
-    _check_keys(f"{section}.", content, _keys(cls))
 
 
-def _check_types(section: str, content: dict[str, Any], cls: type) -> None:
-    hints = get_type_hints(cls)
+def _check_required(section: str, content: Iterable[str], cls: type) -> None:
+    for field in dataclasses.fields(cls):
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        if not optional and field.name not in content:
+            raise ValueError(f"{section}.{field.name} is missing, expected {field.type.__name__}")
+
+
+def _check_types(section: str, content: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     for key, value in content.items():
         _check_type(f"{section}.{key}", value, hints[key])
 

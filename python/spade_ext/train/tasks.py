@@ -1,6 +1,7 @@
 """The tasks that a recipe can name: what a task's data is, and what an answer costs that costs nothing."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +29,11 @@ class ListOpsTask:
         "vocab_size": listops.VOCAB_SIZE,
         "num_labels": listops.NUM_LABELS,
         "pad_token_id": listops.PAD_ID,
+    }
+    generate_options: ClassVar[dict[str, Any]] = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(listops.generate).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
     }
     splits: ClassVar[tuple[str, ...]] = tuple(listops.FILES)
 

@@ -13,20 +13,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Optimizer groups: parameters with the same options together.
 
     A module's `parameter_options() -> {name: {"lr": ..., "weight_decay": ...}}` says which of its own parameters
-    differ; LayerNorm weights, biases and position biases are not decayed.
+    differ; LayerNorm weights and biases are not decayed. Of a shared parameter, the first module decides.
     """
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], [r"bias$", r"position\."]))
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], [r"bias$"]))
+    seen: set[nn.Parameter] = set()
     groups: dict[tuple, dict[str, Any]] = {}
     for module_name, module in model.named_modules():
         own_options = module.parameter_options() if hasattr(module, "parameter_options") else {}
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or parameter in seen:
                 continue
+            seen.add(parameter)
             full_name = f"{module_name}.{name}" if module_name else name
             options = {"weight_decay": weight_decay if full_name in decayed else 0.0, **own_options.get(name, {})}
-            group = groups.setdefault(tuple(sorted(options.items())), {"params": [], **options})
-            if all(parameter is not other for other in group["params"]):
-                group["params"].append(parameter)
+            groups.setdefault(tuple(sorted(options.items())), {"params": [], **options})["params"].append(parameter)
     return list(groups.values())
 
 
