@@ -98,8 +98,9 @@ def test_half_precision_module():
     ("options", "message"),
     [
         ({"n_heads": 3}, r"n_heads is 3, expected a divisor of d_model = 8"),
-        ({"window": (1,)}, r"window is \(1,\), expected \(left, right\), both 0 or more"),
-        ({"window": (-1, 0)}, r"window is \(-1, 0\), expected \(left, right\), both 0 or more"),
+        ({"window": (1,)}, r"window is \(1,\), expected \(left, right\), both ints of 0 or more"),
+        ({"window": (-1, 0)}, r"window is \(-1, 0\), expected \(left, right\), both ints of 0 or more"),
+        ({"window": (1.5, 0)}, r"window is \(1.5, 0\), expected \(left, right\), both ints of 0 or more"),
         ({"position": "rope"}, r"position is 'rope', expected 't5' or None"),
         ({"num_buckets": 5}, r"num_buckets is 5, expected an even number of at least 4"),
         ({"max_distance": 16}, r"max_distance is 16, expected at least num_buckets = 32"),

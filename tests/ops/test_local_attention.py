@@ -251,6 +251,8 @@ ERRORS = [
     (ValueError, {"window": (2**63 - 1, 0)}, r"window is \[9223372036854775807, 0\], expected at most 1099511627776"),
     (ValueError, {"window": (1, 2, 3)}, r"window is \[1, 2, 3\], expected \(left, right\), both 0 or more"),
     (ValueError, {"causal": True}, r"causal is true with window \[3, 2\], expected a window whose right is 0"),
+    (TypeError, {"window": (1.5, 1)}, r"window is \(1.5, 1\), expected \(left, right\), two ints, or None"),
+    (TypeError, {"window": 3}, r"window is 3, expected \(left, right\), two ints, or None"),
     (TypeError, {"q": torch.ones(2, 9, 4, 3).long()}, r"q is Long, expected float64, float32, float16 or bfloat16"),
     (TypeError, {"k": randn(2, 7, 2, 3).float()}, r"k is Float, expected Double, the dtype of q"),
     (TypeError, {"v": randn(2, 7, 2, 5).bfloat16()}, r"v is BFloat16, expected Double, the dtype of q"),

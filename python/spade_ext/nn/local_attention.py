@@ -35,8 +35,8 @@ class LocalAttention(nn.Module):
         super().__init__()
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}, expected a divisor of d_model = {d_model}")
-        if len(window) != 2 or min(window) < 0:
-            raise ValueError(f"window is {window}, expected (left, right), both 0 or more")
+        if len(window) != 2 or not all(isinstance(side, int) and side >= 0 for side in window):
+            raise ValueError(f"window is {window}, expected (left, right), both ints of 0 or more")
         if position not in ("t5", None):
             raise ValueError(f"position is {position!r}, expected 't5' or None")
         self.n_heads = n_heads

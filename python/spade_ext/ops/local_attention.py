@@ -38,6 +38,8 @@ def local_attention(
 
     Source: SPADE (arXiv 2212.08136), section 3.2; T5 (arXiv 1910.10683), section 2.1, for the bias.
     """
+    if window is not None and not (isinstance(window, (tuple, list)) and all(isinstance(side, int) for side in window)):
+        raise TypeError(f"local_attention: window is {window!r}, expected (left, right), two ints, or None")
     if attention_mask is not None and not attention_mask.is_floating_point():
         attention_mask = attention_mask.bool()
     return torch.ops.spade_ext.local_attention(q, k, v, bias, attention_mask, window, causal, scale)
