@@ -79,7 +79,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     }
     if writes:
         _write_json(folder / "training.json", metrics)
-        plot_curves(history, task.baselines("validation"), folder / CURVES_FILE)
+        plot_curves(history, task.baselines(datasets["train"], datasets["validation"]), folder / CURVES_FILE)
     return metrics
 
 
@@ -129,14 +129,15 @@ def evaluate(folder: str | os.PathLike, *, split: str = "test", overrides: list[
     task = recipe.make_task()
     if split not in task.splits:
         raise ValueError(f"split is {split!r}, expected one of {', '.join(task.splits)}")
+    dataset = task.dataset(split)
     trainer = _make_trainer(
         model=_load_model(folder),
         args=recipe.training_arguments(),
         data_collator=task.collator(),
-        eval_dataset=task.dataset(split),
+        eval_dataset=dataset,
     )
     metrics = trainer.evaluate(metric_key_prefix=split)
-    metrics["baselines"] = task.baselines(split)
+    metrics["baselines"] = task.baselines(dataset if split == "train" else task.dataset("train"), dataset)
     if trainer.is_world_process_zero():
         _write_json(folder / f"{split}_metrics.json", metrics)
     return metrics
