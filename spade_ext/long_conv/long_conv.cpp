@@ -37,9 +37,8 @@ LongConvGrads backward_meta(const at::Tensor& grad_y, const at::Tensor& u, const
                             const OptionalTensor& skip, const OptionalTensor& k_reverse,
                             std::array<bool, 4> output_mask) {
   long_conv_shapes::check_backward(grad_y, u, k, skip, k_reverse, output_mask);
-  return {output_mask[0] ? long_conv_shapes::empty_grad_u(u) : at::Tensor(),
-          empty_gradient(output_mask[1], k), empty_gradient(output_mask[2], skip),
-          empty_gradient(output_mask[3], k_reverse)};
+  return {output_mask[0] ? empty_signal(u) : at::Tensor(), empty_gradient(output_mask[1], k),
+          empty_gradient(output_mask[2], skip), empty_gradient(output_mask[3], k_reverse)};
 }
 
 struct LongConvFunction : torch::autograd::Function<LongConvFunction> {

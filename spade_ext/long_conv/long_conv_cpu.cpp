@@ -113,7 +113,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> long_conv_backward(
     const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& k, const OptionalTensor& skip,
     const OptionalTensor& k_reverse, std::array<bool, 4> output_mask) {
   long_conv_shapes::check_backward(grad_y, u, k, skip, k_reverse, output_mask);
-  const auto grad_u = output_mask[0] ? long_conv_shapes::empty_grad_u(u) : at::Tensor();
+  const auto grad_u = output_mask[0] ? empty_signal(u) : at::Tensor();
   const auto grad_k = empty_gradient(output_mask[1], k), grad_skip = empty_gradient(output_mask[2], skip),
              grad_k_reverse = empty_gradient(output_mask[3], k_reverse);
   for (const auto& grad : {grad_k, grad_skip, grad_k_reverse}) {

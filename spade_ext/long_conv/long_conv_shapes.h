@@ -1,9 +1,9 @@
 // What long_conv's Meta and CPU kernels share: checks, layouts and the names of sizes.
 #pragma once
 
-#include <ATen/ops/empty.h>
 #include <spade_ext/core/autograd.h>
 #include <spade_ext/core/checks.h>
+#include <spade_ext/core/layout.h>
 
 namespace spade_ext::long_conv_shapes {
 
@@ -52,26 +52,9 @@ inline void check_backward(const at::Tensor& grad_y, const at::Tensor& u, const 
   check_wanted("long_conv", "k_reverse", output_mask[3], k_reverse);
 }
 
-inline bool is_channels_last(const at::Tensor& u) {
-  return !u.is_contiguous() && u.transpose(1, 2).is_contiguous();
-}
-
 // An uninitialised y, (B, C, H, L) or (B, H, L), in u's layout.
 inline at::Tensor empty_output(const at::Tensor& u, const at::Tensor& k) {
-  const auto B = u.sym_size(0), H = u.sym_size(1), L = u.sym_size(2);
-  if (k.dim() == 2) {
-    return is_channels_last(u) ? at::empty_symint({B, L, H}, u.options()).transpose(1, 2)
-                               : at::empty_symint({B, H, L}, u.options());
-  }
-  const auto C = k.sym_size(0);
-  return is_channels_last(u) ? at::empty_symint({B, L, C, H}, u.options()).permute({0, 2, 3, 1})
-                             : at::empty_symint({B, C, H, L}, u.options());
-}
-
-// An uninitialised gradient of u, in u's layout.
-inline at::Tensor empty_grad_u(const at::Tensor& u) {
-  return is_channels_last(u) ? at::empty_symint(u.transpose(1, 2).sym_sizes(), u.options()).transpose(1, 2)
-                             : at::empty_symint(u.sym_sizes(), u.options());
+  return k.dim() == 2 ? empty_signal(u) : empty_outputs(u, k.sym_size(0));
 }
 
 }  // namespace spade_ext::long_conv_shapes
