@@ -2,7 +2,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <spade_ext/diagonal/diagonal.h>
-#include <spade_ext/diagonal/diagonal_kernel_shapes.h>
+#include <spade_ext/diagonal/diagonal_shapes.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -16,73 +17,208 @@ at::Tensor diagonal_kernel(const at::Tensor& w, const at::Tensor& c, const std::
   return op.call(w, c, log_dt, std::move(length), disc, rate);
 }
 
-namespace diagonal_kernel_op {
+std::tuple<at::Tensor, at::Tensor> diagonal_scan(const at::Tensor& u, const at::Tensor& w,
+                                                 const at::Tensor& b, const at::Tensor& c,
+                                                 const std::optional<at::Tensor>& log_dt,
+                                                 const std::optional<at::Tensor>& state,
+                                                 std::optional<std::string_view> disc) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("spade_ext::diagonal_scan", "")
+                             .typed<decltype(diagonal_scan)>();
+  return op.call(u, w, b, c, log_dt, state, disc);
+}
+
+at::Tensor diagonal_step(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
+                         const std::optional<at::Tensor>& log_dt, const at::Tensor& state,
+                         std::optional<std::string_view> disc) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("spade_ext::diagonal_step", "")
+                             .typed<decltype(diagonal_step)>();
+  return op.call(u, w, b, c, log_dt, state, disc);
+}
+
+namespace diagonal_op {
 
 using OptionalString = std::optional<std::string_view>;
-using Grads = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 
-Grads backward(const at::Tensor& grad_k, const at::Tensor& w, const at::Tensor& c,
-               const OptionalTensor& log_dt, OptionalString disc, double rate,
-               std::array<bool, 3> output_mask) {
+c10::IValue to_ivalue(OptionalString text) { return text ? c10::IValue(std::string(*text)) : c10::IValue(); }
+
+OptionalString as_string(const c10::IValue& value) {
+  return value.isNone() ? OptionalString() : OptionalString(value.toStringView());
+}
+
+using KernelGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+KernelGrads kernel_backward(const at::Tensor& grad_k, const at::Tensor& w, const at::Tensor& c,
+                            const OptionalTensor& log_dt, OptionalString disc, double rate,
+                            std::array<bool, 3> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("spade_ext::diagonal_kernel_backward", "")
-                             .typed<decltype(backward)>();
+                             .typed<decltype(kernel_backward)>();
   return op.call(grad_k, w, c, log_dt, disc, rate, output_mask);
 }
 
-at::Tensor meta(const at::Tensor& w, const at::Tensor& c, const OptionalTensor& log_dt, c10::SymInt length,
-                OptionalString disc, double rate) {
-  diagonal_kernel_shapes::check(w, c, log_dt, length, disc, rate);
+using ScanOutputs = std::tuple<at::Tensor, at::Tensor>;
+using ScanGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+ScanGrads scan_backward(const at::Tensor& grad_y, const at::Tensor& grad_state, const at::Tensor& u,
+                        const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
+                        const OptionalTensor& log_dt, const OptionalTensor& state, OptionalString disc,
+                        std::array<bool, 6> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("spade_ext::diagonal_scan_backward", "")
+                             .typed<decltype(scan_backward)>();
+  return op.call(grad_y, grad_state, u, w, b, c, log_dt, state, disc, output_mask);
+}
+
+at::Tensor kernel_meta(const at::Tensor& w, const at::Tensor& c, const OptionalTensor& log_dt,
+                       c10::SymInt length, OptionalString disc, double rate) {
+  diagonal_shapes::check_kernel(w, c, log_dt, length, disc, rate);
   return at::empty_symint({c.sym_size(0), c.sym_size(1), length}, c.options());
 }
 
-Grads backward_meta(const at::Tensor& grad_k, const at::Tensor& w, const at::Tensor& c,
-                    const OptionalTensor& log_dt, OptionalString disc, double rate,
-                    std::array<bool, 3> output_mask) {
-  diagonal_kernel_shapes::check_backward(grad_k, w, c, log_dt, disc, rate, output_mask);
+KernelGrads kernel_backward_meta(const at::Tensor& grad_k, const at::Tensor& w, const at::Tensor& c,
+                                 const OptionalTensor& log_dt, OptionalString disc, double rate,
+                                 std::array<bool, 3> output_mask) {
+  diagonal_shapes::check_kernel_backward(grad_k, w, c, log_dt, disc, rate, output_mask);
   return {empty_gradient(output_mask[0], w), empty_gradient(output_mask[1], c),
           empty_gradient(output_mask[2], log_dt)};
+}
+
+ScanOutputs scan_meta(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
+                      const OptionalTensor& log_dt, const OptionalTensor& state, OptionalString disc) {
+  diagonal_shapes::check_scan(u, w, b, c, log_dt, state, disc);
+  return {empty_outputs(u, c.sym_size(0)), at::empty_symint(diagonal_shapes::state_sizes(u, w), u.options())};
+}
+
+ScanGrads scan_backward_meta(const at::Tensor& grad_y, const at::Tensor& grad_state, const at::Tensor& u,
+                             const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
+                             const OptionalTensor& log_dt, const OptionalTensor& state, OptionalString disc,
+                             std::array<bool, 6> output_mask) {
+  diagonal_shapes::check_scan_backward(grad_y, grad_state, u, w, b, c, log_dt, state, disc, output_mask);
+  return {output_mask[0] ? empty_signal(u) : at::Tensor(),
+          empty_gradient(output_mask[1], w),
+          empty_gradient(output_mask[2], b),
+          empty_gradient(output_mask[3], c),
+          empty_gradient(output_mask[4], log_dt),
+          empty_gradient(output_mask[5], state)};
+}
+
+at::Tensor step_meta(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
+                     const OptionalTensor& log_dt, const at::Tensor& state, OptionalString disc) {
+  diagonal_shapes::check_step(u, w, b, c, log_dt, state, disc);
+  return at::empty_symint({u.sym_size(0), c.sym_size(0), u.sym_size(1)}, u.options());
 }
 
 struct DiagonalKernelFunction : torch::autograd::Function<DiagonalKernelFunction> {
   static constexpr bool is_traceable = true;
 
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& w, const at::Tensor& c,
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& w, const at::Tensor& c,
                             const OptionalTensor& log_dt, c10::SymInt length, OptionalString disc,
                             double rate) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({w, c, log_dt.value_or(at::Tensor())});
-    ctx->saved_data["disc"] = disc ? c10::IValue(std::string(*disc)) : c10::IValue();
+    ctx->saved_data["disc"] = to_ivalue(disc);
     ctx->saved_data["rate"] = rate;
     return diagonal_kernel(w, c, log_dt, std::move(length), disc, rate);
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 const torch::autograd::variable_list& grads) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto mask = gradient_mask<3>(ctx, {true, true, saved[2].defined()});
-    const auto& disc = ctx->saved_data["disc"];
     auto [grad_w, grad_c, grad_log_dt] =
-        diagonal_kernel_op::backward(grads[0], saved[0], saved[1], as_optional(saved[2]),
-                                     disc.isNone() ? OptionalString() : OptionalString(disc.toStringView()),
-                                     ctx->saved_data["rate"].toDouble(), mask);
+        kernel_backward(grads[0], saved[0], saved[1], as_optional(saved[2]),
+                        as_string(ctx->saved_data["disc"]), ctx->saved_data["rate"].toDouble(), mask);
     return {grad_w, grad_c, grad_log_dt, {}, {}, {}};
   }
 };
 
-at::Tensor autograd(const at::Tensor& w, const at::Tensor& c, const OptionalTensor& log_dt,
-                    c10::SymInt length, OptionalString disc, double rate) {
+struct DiagonalScanFunction : torch::autograd::Function<DiagonalScanFunction> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& u, const at::Tensor& w,
+                               const at::Tensor& b, const at::Tensor& c, const OptionalTensor& log_dt,
+                               const OptionalTensor& state, OptionalString disc) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({u, w, b, c, log_dt.value_or(at::Tensor()), state.value_or(at::Tensor())});
+    ctx->saved_data["disc"] = to_ivalue(disc);
+    auto [y, final_state] = diagonal_scan(u, w, b, c, log_dt, state, disc);
+    return {y, final_state};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto log_dt = as_optional(saved[4]), state = as_optional(saved[5]);
+    const auto mask = gradient_mask<6>(ctx, {true, true, true, true, is_given(log_dt), is_given(state)});
+    auto [grad_u, grad_w, grad_b, grad_c, grad_log_dt, grad_state] =
+        scan_backward(grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], log_dt, state,
+                      as_string(ctx->saved_data["disc"]), mask);
+    return {grad_u, grad_w, grad_b, grad_c, grad_log_dt, grad_state, {}};
+  }
+};
+
+at::Tensor kernel_autograd(const at::Tensor& w, const at::Tensor& c, const OptionalTensor& log_dt,
+                           c10::SymInt length, OptionalString disc, double rate) {
   return DiagonalKernelFunction::apply(w, c, log_dt, std::move(length), disc, rate);
 }
 
-// Half-precision state space parameters diverge: autocast runs the op in float32.
-template <c10::DeviceType device, c10::DispatchKey key>
-at::Tensor autocast(const at::Tensor& w, const at::Tensor& c, const OptionalTensor& log_dt,
-                    c10::SymInt length, OptionalString disc, double rate) {
-  c10::impl::ExcludeDispatchKeyGuard guard(key);
-  auto cast = [](const auto& t) { return at::autocast::cached_cast(at::kFloat, t, device); };
-  return diagonal_kernel(cast(w), cast(c), cast(log_dt), std::move(length), disc, rate);
+ScanOutputs scan_autograd(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
+                          const OptionalTensor& log_dt, const OptionalTensor& state, OptionalString disc) {
+  const auto outputs = DiagonalScanFunction::apply(u, w, b, c, log_dt, state, disc);
+  return {outputs[0], outputs[1]};
 }
+
+at::Tensor step_autograd(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
+                         const OptionalTensor& log_dt, const at::Tensor& state, OptionalString disc) {
+  const auto refuse_gradient = [](const char* name, const OptionalTensor& t) {
+    TORCH_CHECK(!torch::autograd::compute_requires_grad(t), "diagonal_step: ", name,
+                " requires a gradient, expected none or torch.no_grad(): the state is overwritten");
+  };
+  refuse_gradient("u", u), refuse_gradient("w", w), refuse_gradient("b", b), refuse_gradient("c", c);
+  refuse_gradient("log_dt", log_dt), refuse_gradient("state", state);
+  at::AutoDispatchBelowAutograd guard;
+  return diagonal_step(u, w, b, c, log_dt, state, disc);
+}
+
+// The new version tells autograd of other ops that have saved the state.
+at::Tensor step_inplace(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
+                        const OptionalTensor& log_dt, const at::Tensor& state, OptionalString disc) {
+  at::Tensor y;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    y = diagonal_step(u, w, b, c, log_dt, state, disc);
+  }
+  torch::autograd::increment_version(state);
+  return y;
+}
+
+// Half-precision state space parameters diverge: autocast runs the ops in float32.
+template <c10::DeviceType device, c10::DispatchKey key>
+struct Autocast {
+  static auto cast(const at::Tensor& t) { return at::autocast::cached_cast(at::kFloat, t, device); }
+  static auto cast(const OptionalTensor& t) { return at::autocast::cached_cast(at::kFloat, t, device); }
+
+  static at::Tensor kernel(const at::Tensor& w, const at::Tensor& c, const OptionalTensor& log_dt,
+                           c10::SymInt length, OptionalString disc, double rate) {
+    c10::impl::ExcludeDispatchKeyGuard guard(key);
+    return diagonal_kernel(cast(w), cast(c), cast(log_dt), std::move(length), disc, rate);
+  }
+
+  static ScanOutputs scan(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
+                          const OptionalTensor& log_dt, const OptionalTensor& state, OptionalString disc) {
+    c10::impl::ExcludeDispatchKeyGuard guard(key);
+    return diagonal_scan(cast(u), cast(w), cast(b), cast(c), cast(log_dt), cast(state), disc);
+  }
+
+  // The state is written, so it cannot be a cast copy.
+  static at::Tensor step(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
+                         const OptionalTensor& log_dt, const at::Tensor& state, OptionalString disc) {
+    c10::impl::ExcludeDispatchKeyGuard guard(key);
+    return diagonal_step(cast(u), cast(w), cast(b), cast(c), cast(log_dt), state, disc);
+  }
+};
 
 TORCH_LIBRARY_FRAGMENT(spade_ext, m) {
   m.def(
@@ -93,25 +229,52 @@ TORCH_LIBRARY_FRAGMENT(spade_ext, m) {
       "diagonal_kernel_backward(Tensor grad_k, Tensor w, Tensor c, Tensor? log_dt, str? disc, float rate, "
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "diagonal_scan(Tensor u, Tensor w, Tensor b, Tensor c, Tensor? log_dt, Tensor? state=None, "
+      "str? disc='zoh') -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "diagonal_scan_backward(Tensor grad_y, Tensor grad_state, Tensor u, Tensor w, Tensor b, Tensor c, "
+      "Tensor? log_dt, Tensor? state, str? disc, bool[6] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "diagonal_step(Tensor u, Tensor w, Tensor b, Tensor c, Tensor? log_dt, Tensor(a!) state, "
+      "str? disc='zoh') -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(spade_ext, Meta, m) {
-  m.impl("diagonal_kernel", meta);
-  m.impl("diagonal_kernel_backward", backward_meta);
+  m.impl("diagonal_kernel", kernel_meta);
+  m.impl("diagonal_kernel_backward", kernel_backward_meta);
+  m.impl("diagonal_scan", scan_meta);
+  m.impl("diagonal_scan_backward", scan_backward_meta);
+  m.impl("diagonal_step", step_meta);
 }
 
 TORCH_LIBRARY_IMPL(spade_ext, Autograd, m) {
-  m.impl("diagonal_kernel", autograd);
+  m.impl("diagonal_kernel", kernel_autograd);
   m.impl("diagonal_kernel_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("diagonal_scan", scan_autograd);
+  m.impl("diagonal_scan_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("diagonal_step", step_autograd);
 }
 
+TORCH_LIBRARY_IMPL(spade_ext, ADInplaceOrView, m) { m.impl("diagonal_step", step_inplace); }
+
 TORCH_LIBRARY_IMPL(spade_ext, AutocastCPU, m) {
-  m.impl("diagonal_kernel", autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+  using Rules = Autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>;
+  m.impl("diagonal_kernel", Rules::kernel);
+  m.impl("diagonal_scan", Rules::scan);
+  m.impl("diagonal_step", Rules::step);
 }
 
 TORCH_LIBRARY_IMPL(spade_ext, AutocastCUDA, m) {
-  m.impl("diagonal_kernel", autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+  using Rules = Autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>;
+  m.impl("diagonal_kernel", Rules::kernel);
+  m.impl("diagonal_scan", Rules::scan);
+  m.impl("diagonal_step", Rules::step);
 }
 
-}  // namespace diagonal_kernel_op
+}  // namespace diagonal_op
 }  // namespace spade_ext

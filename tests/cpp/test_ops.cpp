@@ -79,6 +79,37 @@ TEST_CASE("diagonal_kernel") {
   }
 }
 
+TEST_CASE("diagonal_scan and diagonal_step") {
+  const auto half = tensor({std::log(0.5)}, {1, 1}), b = tensor({3}, {1, 1}), c = tensor({2}, {1, 1, 1});
+  const auto u = tensor({1, 0, 2}, {1, 1, 3}), state = tensor({4}, {1, 1, 1});  // states 5, 2.5, 7.25
+
+  SECTION("values") {
+    const auto [y, final_state] = spade_ext::diagonal_scan(u, half, b, c, {}, state, std::nullopt);
+    CHECK(is_close(y, tensor({10, 5, 14.5}, {1, 1, 1, 3})));
+    CHECK(is_close(final_state, tensor({7.25}, {1, 1, 1})));
+    CHECK(is_close(state, tensor({4}, {1, 1, 1})));
+  }
+  SECTION("a step overwrites the state") {
+    const auto y = spade_ext::diagonal_step(u.select(2, 0), half, b, c, {}, state, std::nullopt);
+    CHECK(is_close(y, tensor({10}, {1, 1, 1})));
+    CHECK(is_close(state, tensor({5}, {1, 1, 1})));
+  }
+  SECTION("gradient") {
+    const auto signal = torch::randn({2, 3, 9}, torch::kDouble), log_dt = torch::randn({3}, torch::kDouble);
+    const auto w = -torch::rand({1, 4}, torch::kDouble), weights = torch::randn({2, 3, 4}, torch::kDouble);
+    CHECK(gradient_is_right(
+        [&](const auto& x) {
+          const auto [y, final_state] = spade_ext::diagonal_scan(signal, w, w, weights, log_dt, x);
+          return torch::cat({y.flatten(), final_state.flatten()});
+        },
+        parameter({2, 3, 4})));
+  }
+  SECTION("error") {
+    CHECK_THROWS_AS(spade_ext::diagonal_scan(u, half, b, c, {}, state, "dss"), c10::ValueError);
+    CHECK_THROWS_AS(spade_ext::diagonal_step(u, half, b, c, {}, state, std::nullopt), c10::ValueError);
+  }
+}
+
 TEST_CASE("local_attention") {
   const auto zeros = torch::zeros({1, 3, 1, 2}, torch::kDouble);
   const auto v = tensor({1, 2, 6}, {1, 3, 1, 1});

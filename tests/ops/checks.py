@@ -25,13 +25,21 @@ OPCHECK_TESTS = (
 )
 
 
+def call(op, sample: Sample) -> list[torch.Tensor]:
+    """All outputs of an op that has one or several."""
+    outputs = op(*sample.args, **sample.kwargs)
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
 def run(op, sample: Sample) -> list[torch.Tensor]:
-    """The output, and the gradient of each tensor that has one under a cotangent that is the same in every run."""
-    y = op(*sample.args, **sample.kwargs)
+    """The outputs, and the gradient of each tensor that has one under cotangents that are the same in every run."""
+    outputs, generator = call(op, sample), torch.Generator().manual_seed(1)
     if not sample.leaves():
-        return [y]
-    cotangent = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    return [y, *torch.autograd.grad(y, sample.leaves(), cotangent)]
+        return outputs
+    cotangents = [torch.randn(y.shape, dtype=torch.float64, generator=generator).to(y.dtype) for y in outputs]
+    pairs = [(y, cotangent) for y, cotangent in zip(outputs, cotangents, strict=True) if y.requires_grad]
+    differentiable, cotangents = zip(*pairs, strict=True)
+    return [*outputs, *torch.autograd.grad(differentiable, sample.leaves(), cotangents, materialize_grads=True)]
 
 
 def check_against_reference(op, reference, sample: Sample, dtype: torch.dtype) -> None:
@@ -57,8 +65,8 @@ def check_gradients(op, sample: Sample) -> None:
 
 
 def check_refuses_second_derivative(op, sample: Sample, name: str) -> None:
-    y = op(*sample.args, **sample.kwargs)
-    gradients = torch.autograd.grad(y.square().sum(), sample.leaves(), create_graph=True)
+    loss = sum(y.square().sum() for y in call(op, sample))
+    gradients = torch.autograd.grad(loss, sample.leaves(), create_graph=True)
     with pytest.raises(RuntimeError, match=f"{name}_backward is not implemented"):
         gradients[0].sum().backward()
 

@@ -167,6 +167,84 @@ def diagonal_kernel_samples() -> list[Sample]:
     ]
 
 
+def diagonal_scan_sample(
+    name: str, L=8, B=2, C=2, H=4, N=5, S=2, *, disc="zoh", real=False, with_state=True, grad=True, **given
+) -> Sample:
+    """`given` replaces u, w, b, c, log_dt or state; a state of zeros is None."""
+    w, c, log_dt = s4d_parameters(C, H, N, S, real=real)
+    pair = () if real else (2,)
+    values = {"u": randn(B, H, L), "w": w, "b": randn(S, N, *pair), "c": c, "log_dt": None if disc is None else log_dt}
+    values |= {"state": randn(B, H, N, *pair) if with_state else None} | given
+    sample = Sample(name, tuple(values.values()), {"disc": disc})
+    return sample if grad else sample.map(Tensor.detach)
+
+
+def diagonal_scan_samples() -> list[Sample]:
+    torch.manual_seed(0)
+    constants = {"u": constant(2, 4, 8), "w": -constant(2, 5, 2).abs(), "b": constant(2, 5, 2)}
+    constants |= {"c": constant(2, 4, 5, 2), "log_dt": constant(4) - 3, "state": constant(2, 4, 5, 2)}
+
+    def gradient_of(name: str) -> Sample:
+        return diagonal_scan_sample(f"gradient_of_{name}", **constants | {name: leaf(constants[name])})
+
+    return [
+        diagonal_scan_sample("zoh"),
+        diagonal_scan_sample("bilinear", disc="bilinear"),
+        diagonal_scan_sample("none", disc=None),
+        diagonal_scan_sample("real_zoh", real=True),
+        diagonal_scan_sample("real_bilinear", real=True, disc="bilinear"),
+        diagonal_scan_sample("real_none", real=True, disc=None),
+        diagonal_scan_sample("without_state", with_state=False),
+        diagonal_scan_sample("none_without_state", with_state=False, disc=None),
+        diagonal_scan_sample("length_0", 0),
+        diagonal_scan_sample("length_0_without_state", 0, with_state=False),
+        diagonal_scan_sample("length_1", 1),
+        diagonal_scan_sample("length_63", 63, H=1, S=1),
+        diagonal_scan_sample("length_64", 64, N=1),
+        diagonal_scan_sample("length_65", 65, C=1, N=33),
+        diagonal_scan_sample("length_129", 129, H=9, S=3),
+        diagonal_scan_sample("length_1000", 1000, B=1, N=8),
+        diagonal_scan_sample("a_copy_a_channel", H=6, S=6),
+        diagonal_scan_sample("no_states", N=0),
+        diagonal_scan_sample("no_channels", H=0, S=1),
+        diagonal_scan_sample("no_outputs", C=0),
+        diagonal_scan_sample("empty_batch", B=0),
+        diagonal_scan_sample("transposed", 33, u=leaf(randn(2, 33, 4).mT), c=leaf(randn(5, 4, 2, 2).transpose(0, 2))),
+        diagonal_scan_sample(
+            "sliced", 20, u=leaf(randn(4, 8, 50)[::2, ::2, 5:45:2]), state=leaf(randn(2, 8, 5, 4)[:, ::2, :, 1:3])
+        ),
+        diagonal_scan_sample(
+            "expanded", u=leaf(randn(1, 4, 1).expand(2, 4, 8)), state=leaf(randn(4, 5, 2).expand(2, 4, 5, 2))
+        ),
+        *map(gradient_of, constants),
+        diagonal_scan_sample("no_gradient", **constants),
+    ]
+
+
+def diagonal_step_samples() -> list[Sample]:
+    """Without gradients."""
+    torch.manual_seed(0)
+
+    def sample(name: str, B=2, C=2, H=4, N=5, S=2, *, u=None, **options) -> Sample:
+        u = constant(B, H) if u is None else u
+        return diagonal_scan_sample(name, B=B, C=C, H=H, N=N, S=S, u=u, grad=False, **options)
+
+    return [
+        sample("zoh"),
+        sample("bilinear", disc="bilinear"),
+        sample("none", disc=None),
+        sample("real_zoh", real=True),
+        sample("real_none", real=True, disc=None),
+        sample("many_states", N=33, H=9, S=3),
+        sample("no_states", N=0),
+        sample("no_channels", H=0, S=1),
+        sample("no_outputs", C=0),
+        sample("empty_batch", B=0),
+        sample("transposed", u=constant(4, 2).mT, state=constant(5, 4, 2, 2).transpose(0, 2)),
+        sample("sliced", u=constant(4, 8)[::2, ::2], state=constant(2, 8, 5, 4)[:, ::2, :, 1:3]),
+    ]
+
+
 def local_attention_sample(
     name: str, B=2, Lq=9, H=2, D=4, *, Lk=None, Hkv=None, Dv=None, bias=False, q=None, k=None, v=None, **kwargs
 ) -> Sample:

@@ -33,7 +33,7 @@ def test_matches_reference(sample, dtype):
     check_against_reference(diagonal_kernel, diagonal_kernel_ref, sample, dtype)
 
 
-@settings(max_examples=50, derandomize=True, deadline=None)
+@settings(max_examples=300, derandomize=True, deadline=None)
 @given(
     length=st.integers(0, 140),
     C=st.integers(0, 3),

@@ -16,6 +16,14 @@ def diagonal_kernel_backward(device, grad_shape=(1, 3, 5), output_mask=(True, Tr
     return OPS.diagonal_kernel_backward(torch.ones(grad_shape, device=device), w, c, None, None, 1.0, output_mask)
 
 
+def diagonal_scan_backward(
+    device, grad_shape=(2, 1, 3, 5), output_mask=(True, True, True, True, False, False), state_shape=(2, 3, 2)
+):
+    u, w, c = (torch.ones(shape, device=device) for shape in ((2, 3, 5), (1, 2), (1, 3, 2)))
+    grad_y, grad_state = torch.ones(grad_shape, device=device), torch.ones(state_shape, device=device)
+    return OPS.diagonal_scan_backward(grad_y, grad_state, u, w, w, c, None, None, None, output_mask)
+
+
 def local_attention_backward(device, grad_shape=(2, 5, 2, 4), output_mask=(True, True, True, False), left=1):
     q = torch.ones(2, 5, 2, 4, device=device)
     grad, lse = torch.ones(grad_shape, device=device), torch.ones(2, 2, 5, device=device)
@@ -30,6 +38,15 @@ def local_attention_backward(device, grad_shape=(2, 5, 2, 4), output_mask=(True,
         (long_conv_backward, {"output_mask": [True] * 4}, "output_mask wants the gradient of skip, which is None"),
         (diagonal_kernel_backward, {"grad_shape": (3, 5)}, r"grad_k has shape \[3, 5\], expected \(C, H, length\)"),
         (diagonal_kernel_backward, {"output_mask": [True] * 3}, "output_mask wants the gradient of log_dt"),
+        (diagonal_scan_backward, {"grad_shape": (2, 3, 5)}, r"grad_y has shape \[2, 3, 5\], expected \(B, C, H, L\)"),
+        (diagonal_scan_backward, {"grad_shape": (2, 2, 3, 5)}, r"grad_y has shape .*, expected 1 in dimension 1"),
+        (diagonal_scan_backward, {"state_shape": (2, 3, 1)}, r"grad_state has shape .*, expected 2 in dimension 2"),
+        (diagonal_scan_backward, {"output_mask": [True] * 6}, "output_mask wants the gradient of log_dt"),
+        (
+            diagonal_scan_backward,
+            {"output_mask": [False] * 5 + [True]},
+            "output_mask wants the gradient of state, which is None",
+        ),
         (local_attention_backward, {"grad_shape": (2, 4, 2, 4)}, r"grad_out has shape .*, expected 5 in dimension 1"),
         (local_attention_backward, {"output_mask": [True] * 4}, "output_mask wants the gradient of bias"),
         (local_attention_backward, {"left": -5}, "left and right are -5 and 1, expected -1 to"),

@@ -1,12 +1,23 @@
 """The operators: thin functions over `torch.ops.spade_ext`, each with its plain PyTorch reference `<op>_ref`."""
 
-from .diagonal import diagonal_kernel, diagonal_kernel_ref
+from .diagonal import (
+    diagonal_kernel,
+    diagonal_kernel_ref,
+    diagonal_scan,
+    diagonal_scan_ref,
+    diagonal_step,
+    diagonal_step_ref,
+)
 from .local_attention import local_attention, local_attention_ref
 from .long_conv import long_conv, long_conv_ref
 
 __all__ = [
     "diagonal_kernel",
     "diagonal_kernel_ref",
+    "diagonal_scan",
+    "diagonal_scan_ref",
+    "diagonal_step",
+    "diagonal_step_ref",
     "local_attention",
     "local_attention_ref",
     "long_conv",

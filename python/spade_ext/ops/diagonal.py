@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 Disc = Literal["zoh", "bilinear", "dss"]
+RecurrentDisc = Literal["zoh", "bilinear"]
 
 
 def diagonal_kernel(
@@ -45,23 +46,141 @@ def diagonal_kernel_ref(
     w: Tensor, c: Tensor, log_dt: Tensor | None, length: int, *, disc: Disc | None = "zoh", rate: float = 1.0
 ) -> Tensor:
     """`diagonal_kernel` as a product with a Vandermonde matrix, (C, H, N, length) in memory, float64 inside."""
-    pairs = w.dim() == 3
-    H, S = c.size(1), w.size(0)
-    a = (torch.complex(*w.double().unbind(-1)) if pairs else w.double()).repeat(H // S, 1)  # (H, N)
-    coefficient = torch.complex(*c.double().unbind(-1)) if pairs else c.double()  # (C, H, N)
-    if disc is None:
-        log_abar = a
-    else:
-        assert log_dt is not None
-        dt = (log_dt.double().exp() * rate)[:, None]
-        x = a * dt
-        log_abar = x if disc in ("zoh", "dss") else torch.log((1 + x / 2) / (1 - x / 2))
-        if disc == "bilinear":
-            coefficient = coefficient * dt / (1 - x / 2)
-        elif disc == "zoh":
-            coefficient = coefficient * torch.special.expm1(x) / a if not pairs else coefficient * (x.exp() - 1) / a
-        else:
-            coefficient = coefficient * (x.exp() - 1) / (a * ((x * length).exp() - 1))
-    powers = (log_abar[..., None] * torch.arange(length, device=w.device)).exp()  # (H, N, length)
-    k = torch.einsum("chn,hnl->chl", coefficient, powers.to(coefficient.dtype))
-    return ((1 if disc == "dss" else 2) * k.real if pairs else k).to(w.dtype)
+    abar, scale = discretize(w, log_dt, c.size(1), disc, rate, length)
+    powers = abar[..., None] ** torch.arange(length, device=w.device)  # (H, N, length)
+    k = torch.einsum("chn,hnl->chl", in_float64(c, w) * scale, powers)
+    return (2 * k.real if w.dim() == 3 and disc != "dss" else k.real).to(w.dtype)
+
+
+def diagonal_scan(
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_dt: Tensor | None,
+    state: Tensor | None = None,
+    *,
+    disc: RecurrentDisc | None = "zoh",
+) -> tuple[Tensor, Tensor]:
+    r"""A diagonal state space model as a recurrence, with an initial and a final state.
+
+    ``x_t = abar x_{t-1} + bbar u_t``, ``y_t = 2 Re sum_n c x_t``, with abar and bbar from ``dt = exp(log_dt)`` by the
+    discretisation `disc`:
+
+    * ``"zoh"``: abar = exp(w dt), bbar = b (exp(w dt) - 1) / w
+    * ``"bilinear"``: abar = (1 + w dt / 2) / (1 - w dt / 2), bbar = b dt / (1 - w dt / 2)
+    * None: abar = exp(w), bbar = b; log_dt must be None (the moving average: w = log q)
+
+    From a state of zeros, y is the convolution of u with ``diagonal_kernel(w, b c, log_dt, L)``. A sequence cut
+    anywhere and run in pieces, the state handed on, gives what the whole gives, gradients included.
+
+    Args:
+        u: (B, H, L), any strides.
+        w: (S, N, 2), complex numbers as real pairs, or (S, N), reals; channel h uses row h mod S. With reals y is the
+            sum itself, not twice its real part.
+        b: as w, input weight of each state.
+        c: (C, H, N, 2) or (C, H, N), output weights of each state. S divides H.
+        log_dt: (H,), natural logarithm of the step.
+        state: (B, H, N, 2) or (B, H, N), before the first token; zeros unless given.
+
+    Returns:
+        y (B, C, H, L) in u's layout: where u is a transposed contiguous (B, L, H), y is a transposed contiguous
+        (B, L, C, H); and the state after the last token, contiguous, a copy of `state` where L is 0. float32 or float64
+        as the arguments; the arithmetic is float64 either way.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit, named in one sentence.
+
+    Source: Gu et al., S4D (arXiv 2206.11893), section 3; Ma et al., MEGA (arXiv 2209.10655), section 3.1.
+    """
+    return torch.ops.spade_ext.diagonal_scan(u, w, b, c, log_dt, state, disc)
+
+
+def diagonal_scan_ref(
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_dt: Tensor | None,
+    state: Tensor | None = None,
+    *,
+    disc: RecurrentDisc | None = "zoh",
+) -> tuple[Tensor, Tensor]:
+    """`diagonal_scan` as a loop over tokens, all states in memory, float64 inside."""
+    (B, H), pairs = u.shape[:2], w.dim() == 3
+    abar, scale = discretize(w, log_dt, H, disc)
+    bbar = in_float64(b, w).repeat(H // w.size(0), 1) * scale
+    x = abar.new_zeros(B, *abar.shape) if state is None else in_float64(state, w)  # (B, H, N)
+    states = [x]
+    for u_t in u.double().unbind(-1):
+        x = abar * x + bbar * u_t[..., None]
+        states.append(x)
+    y = torch.einsum("chn,tbhn->bcht", in_float64(c, w), torch.stack(states)[1:])
+    return (2 * y.real if pairs else y).to(u.dtype), (torch.view_as_real(x) if pairs else x).to(u.dtype, copy=True)
+
+
+def diagonal_step(
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_dt: Tensor | None,
+    state: Tensor,
+    *,
+    disc: RecurrentDisc | None = "zoh",
+) -> Tensor:
+    """One token of `diagonal_scan`, without gradients: inside of torch.no_grad() or without trainable arguments.
+
+    Args:
+        u: (B, H).
+        state: (B, H, N, 2) or (B, H, N), overwritten by the state after the token. In a function that is compiled
+            with dynamic shapes pass a whole tensor: of a view that is taken there, torch writes the wrong part.
+
+    Returns:
+        y (B, C, H), contiguous.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit, named in one sentence.
+        RuntimeError: an argument requires a gradient.
+    """
+    return torch.ops.spade_ext.diagonal_step(u, w, b, c, log_dt, state, disc)
+
+
+def diagonal_step_ref(
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_dt: Tensor | None,
+    state: Tensor,
+    *,
+    disc: RecurrentDisc | None = "zoh",
+) -> Tensor:
+    """`diagonal_step` as a scan over one token."""
+    y, next_state = diagonal_scan_ref(u[..., None], w, b, c, log_dt, state, disc=disc)
+    state.copy_(next_state)
+    return y.squeeze(-1)
+
+
+def in_float64(t: Tensor, w: Tensor) -> Tensor:
+    """t as complex128 where w, and so t, holds real pairs, as float64 where it holds reals."""
+    return torch.view_as_complex(t.double().contiguous()) if w.dim() == 3 else t.double()
+
+
+def discretize(
+    w: Tensor, log_dt: Tensor | None, H: int, disc: Disc | None, rate: float = 1.0, length: int = 0
+) -> tuple[Tensor, Tensor]:
+    """For the references: abar and the factor scale in bbar = scale b, (H, N), float64 or complex128."""
+    a = in_float64(w, w).repeat(H // w.size(0), 1)
+    if log_dt is None:
+        return a.exp(), torch.ones_like(a)
+    dt = (log_dt.double().exp() * rate)[:, None]
+    x = a * dt
+    match disc:
+        case "zoh":
+            return x.exp(), torch.expm1(x) / a
+        case "bilinear":
+            return (1 + x / 2) / (1 - x / 2), dt / (1 - x / 2)
+        case "dss":
+            return x.exp(), torch.expm1(x) / (a * torch.expm1(x * length))
+    raise ValueError(f"disc is {disc!r}, expected 'zoh', 'bilinear', 'dss' or None")

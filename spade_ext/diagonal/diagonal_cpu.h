@@ -1,0 +1,188 @@
+// What the family's CPU kernels share: parameters in float64, and the N numbers of a channel side by side.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <spade_ext/core/parallel.h>
+#include <spade_ext/diagonal/diagonal_shapes.h>
+
+#include <algorithm>
+#include <type_traits>
+
+namespace spade_ext::diagonal_cpu {
+
+using diagonal_math::Disc;
+using diagonal_math::Discrete;
+using OptionalString = std::optional<std::string_view>;
+
+inline double real(double x) { return x; }
+inline double real(std::complex<double> x) { return x.real(); }
+inline double imag(double) { return 0; }
+inline double imag(std::complex<double> x) { return x.imag(); }
+inline double conj(double x) { return x; }
+
+// A tensor in float64; T is double or complex<double>, stored as real pairs.
+template <class T>
+struct Values {
+  at::Tensor tensor;
+  T* data;
+
+  explicit Values(at::Tensor t)
+      : tensor(std::move(t)), data(reinterpret_cast<T*>(tensor.data_ptr<double>())) {}
+  static Values of(const at::Tensor& t) { return Values(t.to(at::kDouble).contiguous()); }
+  static Values zeros_like(const at::Tensor& t) {
+    return Values(at::zeros(t.sizes(), t.options().dtype(at::kDouble)));
+  }
+  // Zeros (rows, N), as pairs where T is complex.
+  static Values zeros(int64_t rows, int64_t N) {
+    return Values(at::zeros({rows, N, int64_t(sizeof(T) / sizeof(double))}, at::kDouble));
+  }
+};
+
+// The state matrix of all channels.
+template <class T>
+struct System {
+  int64_t S, N;
+  Values<T> w;                           // (S, N)
+  std::optional<Values<double>> log_dt;  // (H,)
+  Disc disc;
+  double rate;
+  int64_t length;  // "dss" depends on it
+
+  System(const at::Tensor& w_, const OptionalTensor& log_dt_, Disc disc_, double rate_ = 1,
+         int64_t length_ = 0)
+      : S(w_.size(0)), N(w_.size(1)), w(Values<T>::of(w_)), disc(disc_), rate(rate_), length(length_) {
+    if (is_given(log_dt_)) log_dt = Values<double>::of(*log_dt_);
+  }
+
+  double dt(int64_t h) const { return log_dt ? std::exp(log_dt->data[h]) * rate : 1.0; }
+  Discrete<T> discrete(int64_t h, int64_t n) const {
+    return diagonal_math::discretize<T>(disc, w.data[(h % S) * N + n], dt(h), length);
+  }
+  // From a row for each of H channels, (H, N): row s is the sum of rows h with h mod S = s, in order.
+  at::Tensor sum_over_channels(const Values<T>& rows, int64_t H) const {
+    Values<T> sum = Values<T>::zeros_like(w.tensor);
+    for (int64_t h = 0; h < H; ++h) {
+      for (int64_t n = 0; n < N; ++n) sum.data[(h % S) * N + n] += rows.data[h * N + n];
+    }
+    return sum.tensor;
+  }
+};
+
+// N numbers as separate real and imaginary parts, so that n runs through the vector lanes.
+template <class T>
+struct Lanes {
+  int64_t N;
+  at::Tensor memory;
+  double *re, *im;
+
+  explicit Lanes(int64_t size)
+      : N(size), memory(at::empty({2, size}, at::kDouble)), re(memory.data_ptr<double>()), im(re + size) {}
+  Lanes(int64_t size, T value) : Lanes(size) {
+    for (int64_t n = 0; n < N; ++n) set(n, value);
+  }
+  Lanes(Lanes&&) = default;
+  Lanes& operator=(Lanes&&) = default;
+
+  void set(int64_t n, T value) { re[n] = real(value), im[n] = imag(value); }
+  T get(int64_t n) const {
+    if constexpr (std::is_same_v<T, double>)
+      return re[n];
+    else
+      return {re[n], im[n]};
+  }
+  void copy(const Lanes& other) { std::copy_n(other.re, 2 * N, re); }
+};
+
+template <class T>
+double sum(const Lanes<T>& z) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t n = 0; n < z.N; ++n) total += z.re[n];
+  return total;
+}
+
+// Re sum_n a z.
+template <class T>
+double dot(const Lanes<T>& a, const Lanes<T>& z) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t n = 0; n < z.N; ++n) {
+    total += a.re[n] * z.re[n];
+    if constexpr (!std::is_same_v<T, double>) total -= a.im[n] * z.im[n];
+  }
+  return total;
+}
+
+// z <- z a. Im stays untouched where all is real.
+template <class T>
+void multiply(Lanes<T>& z, const Lanes<T>& a) {
+  double* __restrict re = z.re;
+  double* __restrict im = z.im;
+#pragma omp simd
+  for (int64_t n = 0; n < z.N; ++n) {
+    if constexpr (std::is_same_v<T, double>) {
+      re[n] *= a.re[n];
+    } else {
+      const double product = re[n] * a.re[n] - im[n] * a.im[n];
+      im[n] = re[n] * a.im[n] + im[n] * a.re[n];
+      re[n] = product;
+    }
+  }
+}
+
+// total <- total + x z for a real x.
+template <class T>
+void add_scaled(Lanes<T>& total, double x, const Lanes<T>& z) {
+  double* __restrict re = total.re;
+  double* __restrict im = total.im;
+#pragma omp simd
+  for (int64_t n = 0; n < z.N; ++n) {
+    re[n] += x * z.re[n];
+    if constexpr (!std::is_same_v<T, double>) im[n] += x * z.im[n];
+  }
+}
+
+// total <- total + a z.
+template <class T>
+void add_product(Lanes<T>& total, const Lanes<T>& a, const Lanes<T>& z) {
+  double* __restrict re = total.re;
+  double* __restrict im = total.im;
+#pragma omp simd
+  for (int64_t n = 0; n < z.N; ++n) {
+    if constexpr (std::is_same_v<T, double>) {
+      re[n] += a.re[n] * z.re[n];
+    } else {
+      re[n] += a.re[n] * z.re[n] - a.im[n] * z.im[n];
+      im[n] += a.re[n] * z.im[n] + a.im[n] * z.re[n];
+    }
+  }
+}
+
+// What has decayed to nothing is set to 0 before it becomes denormal, which is slow.
+template <class T>
+void flush(Lanes<T>& z) {
+  constexpr double kNothing = 1e-200;
+  for (int64_t n = 0; n < z.N; ++n) {
+    if (std::abs(z.re[n]) < kNothing) z.re[n] = 0;
+    if (std::abs(z.im[n]) < kNothing) z.im[n] = 0;
+  }
+}
+constexpr int64_t kFlushEvery = 64;
+
+// Calls body<T, scalar_t>() for the parameters' kind and dtype.
+template <class Body>
+auto dispatch(const at::Tensor& w, const Body& body) {
+  return AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "diagonal", [&] {
+    if (diagonal_shapes::has_pairs(w)) return body.template operator()<std::complex<double>, scalar_t>();
+    return body.template operator()<double, scalar_t>();
+  });
+}
+
+// A gradient in the dtype of the parameters, or an undefined tensor where none is wanted.
+inline at::Tensor gradient(bool wanted, const at::Tensor& t, const at::Tensor& like) {
+  return wanted ? t.to(like.scalar_type()) : at::Tensor();
+}
+
+}  // namespace spade_ext::diagonal_cpu
