@@ -182,5 +182,5 @@ def discretize(
         case "bilinear":
             return (1 + x / 2) / (1 - x / 2), dt / (1 - x / 2)
         case "dss":
-            return x.exp(), torch.expm1(x) / (a * torch.expm1(x * length))
+            return x.exp(), torch.expm1(x) / (a * torch.expm1(x * max(length, 1)))  # 0 taps have no gradient, not NaN
     raise ValueError(f"disc is {disc!r}, expected 'zoh', 'bilinear', 'dss' or None")
