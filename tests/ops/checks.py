@@ -31,12 +31,17 @@ def call(op, sample: Sample) -> list[torch.Tensor]:
     return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
 
 
-def run(op, sample: Sample) -> list[torch.Tensor]:
-    """The outputs, and the gradient of each tensor that has one under cotangents that are the same in every run."""
+def run(op, sample: Sample, rounded: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """The outputs, and the gradient of each tensor that has one under cotangents that are the same in every run.
+
+    The cotangents' numbers are those of `rounded` or of the output's type, whichever is coarser.
+    """
     outputs, generator = call(op, sample), torch.Generator().manual_seed(1)
     if not sample.leaves():
         return outputs
-    cotangents = [torch.randn(y.shape, dtype=torch.float64, generator=generator).to(y.dtype) for y in outputs]
+    cotangents = [
+        torch.randn(y.shape, dtype=torch.float64, generator=generator).to(rounded).to(y.dtype) for y in outputs
+    ]
     pairs = [(y, cotangent) for y, cotangent in zip(outputs, cotangents, strict=True) if y.requires_grad]
     differentiable, cotangents = zip(*pairs, strict=True)
     return [*outputs, *torch.autograd.grad(differentiable, sample.leaves(), cotangents, materialize_grads=True)]
@@ -45,7 +50,7 @@ def run(op, sample: Sample) -> list[torch.Tensor]:
 def check_against_reference(op, reference, sample: Sample, dtype: torch.dtype) -> None:
     """Both get the same numbers, rounded to dtype; the reference computes in float64."""
     sample = sample.to(dtype)
-    for actual, expected in zip(run(op, sample), run(reference, sample.to(torch.float64)), strict=True):
+    for actual, expected in zip(run(op, sample), run(reference, sample.to(torch.float64), dtype), strict=True):
         assert_close(actual, expected.to(dtype), **TOLERANCES[dtype])
 
 
@@ -100,7 +105,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def relative_errors(op, reference, sample: Sample, dtype: torch.dtype) -> list[float]:
     """The errors of op in dtype against the reference in float64, from the same numbers rounded to dtype."""
     sample = sample.to(dtype)
-    return list(map(relative_error, run(op, sample), run(reference, sample.to(torch.float64))))
+    return list(map(relative_error, run(op, sample), run(reference, sample.to(torch.float64), dtype)))
 
 
 def peak_memory(call) -> int:
