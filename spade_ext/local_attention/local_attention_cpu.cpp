@@ -15,6 +15,10 @@
 
 namespace spade_ext::local_attention_cpu {
 
+using local_attention_math::Activation;
+using local_attention_shapes::Options;
+using local_attention_shapes::Tensors;
+
 // Rows of a task: enough that copying what they see costs little beside the products.
 constexpr int64_t kBlock = 128;
 
@@ -33,37 +37,77 @@ void for_each_block(int64_t B, int64_t H, int64_t size, int64_t block, const Bod
   });
 }
 
-// Calls body(tile) for each kTile rows of a block.
+// Calls body(tile) for each tile of a block: up to kTile rows, each of which sees, or is seen by, something
+// that the row before it does too. So no tile meets two segments: the content of another one must not be
+// read.
 template <class Body>
-void for_each_tile(Range block, const Body& body) {
-  for (int64_t begin = block.begin; begin < block.end; begin += kTile) {
-    body(Range{begin, std::min(begin + kTile, block.end)});
+void for_each_tile(const Ranges& ranges, int64_t b, Range block, const Body& body) {
+  for (Range tile{block.begin, block.begin}; tile.begin < block.end; tile.begin = tile.end) {
+    do {
+      ++tile.end;
+    } while (tile.end < block.end && tile.size() < kTile && ranges.overlaps_previous(b, tile.end));
+    body(tile);
   }
 }
 
-// Turns a row of products q . k with the keys of `all` into the probabilities of query i, 0 where it does not
-// see. Returns the log-sum-exp of its scores, +inf where it sees no key.
-template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
-acc_t softmax_row(const Problem<scalar_t>& problem, int64_t b, int64_t h, int64_t i, Range all, acc_t* row) {
-  constexpr acc_t infinity = std::numeric_limits<acc_t>::infinity();
-  const Range keys = problem.band.keys(i);
-  if (!problem.sees_any(b, keys)) {
-    std::fill_n(row, all.size(), acc_t(0));
-    return infinity;
+// Turns the scores of a query's keys into weights. Returns the log-sum-exp of the scores, 0 where the weights
+// are not normalised.
+template <class acc_t>
+acc_t activate(Activation activation, acc_t* x, int64_t n) {
+  if (activation == Activation::relu2) {
+    for (int64_t j = 0; j < n; ++j) x[j] = local_attention_math::relu2(x[j]).value;
+    return 0;
   }
-  const int64_t n = keys.size();
+  if (activation == Activation::laplace) {
+    for (int64_t j = 0; j < n; ++j) x[j] = local_attention_math::laplace(x[j]).value;
+    return 0;
+  }
+  acc_t largest = -std::numeric_limits<acc_t>::infinity(), total = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t j = 0; j < n; ++j) largest = std::max(largest, x[j]);
+  for (int64_t j = 0; j < n; ++j) x[j] -= largest;
+  exp(x, n);
+#pragma omp simd reduction(+ : total)
+  for (int64_t j = 0; j < n; ++j) total += x[j];
+  for (int64_t j = 0; j < n; ++j) x[j] /= total;
+  return largest + std::log(total);
+}
+
+// Turns n scores x into weights and the gradients of weights into those of scores. lse(m) and delta(m) are
+// those of the m-th pair's query.
+template <class acc_t, class Lse, class Delta>
+void activate_backward(Activation activation, acc_t* x, acc_t* grad, int64_t n, const Lse& lse,
+                       const Delta& delta) {
+  auto elementwise = [&](const auto& function) {
+    for (int64_t m = 0; m < n; ++m) {
+      const auto [value, slope] = function(x[m]);
+      x[m] = value;
+      grad[m] *= slope;
+    }
+  };
+  if (activation == Activation::relu2) return elementwise(local_attention_math::relu2<acc_t>);
+  if (activation == Activation::laplace) return elementwise(local_attention_math::laplace<acc_t>);
+  for (int64_t m = 0; m < n; ++m) x[m] -= lse(m);
+  exp(x, n);
+  for (int64_t m = 0; m < n; ++m) grad[m] = x[m] * (grad[m] - delta(m));
+}
+
+// Turns a row of products q . k with the keys of `all` into the dropped weights of query i, 0 where it does
+// not see. Returns the log-sum-exp of its scores, +inf where it sees no key, and 0 where weights are not
+// normalised.
+template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
+acc_t weights_row(const Problem<scalar_t>& problem, int64_t b, int64_t h, int64_t i, Range all, acc_t* row) {
+  const Range keys = problem.band.keys.of(b, i);
+  if (keys.size() == 0) {
+    std::fill_n(row, all.size(), acc_t(0));
+    return std::numeric_limits<acc_t>::infinity();
+  }
   acc_t* p = row + keys.begin - all.begin;
   problem.finish_scores_of_keys(b, h, i, keys, p);
-  acc_t largest = -infinity, total = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t j = 0; j < n; ++j) largest = std::max(largest, p[j]);
-  for (int64_t j = 0; j < n; ++j) p[j] -= largest;
-  exp(p, n);
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < n; ++j) total += p[j];
-  for (int64_t j = 0; j < n; ++j) p[j] /= total;
+  const acc_t lse = activate(problem.activation, p, keys.size());
+  problem.drop_of_keys(b, h, i, keys, p);
   zero_outside(row, all, keys);
-  return largest + std::log(total);
+  return lse;
 }
 
 // out = p v for the queries of a block, and their log-sum-exps.
@@ -71,18 +115,18 @@ template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
 void forward_block(const Problem<scalar_t>& problem, int64_t b, int64_t h, Range block,
                    const Rows<scalar_t>& out, acc_t* lse) {
   const Band& band = problem.band;
-  const Range seen = band.keys(block);
+  const Range seen = band.keys.of(b, block);
   const Slab<scalar_t> q(problem.q, b, h, block), v(problem.v, b, problem.key_head(h), seen);
   const TransposedSlab<scalar_t> k(problem.k, b, problem.key_head(h), seen);
   Matrix<acc_t> p(kTile, seen.size()), sums(kTile, problem.Dv);
-  for_each_tile(block, [&](Range tile) {
-    const Range all = band.keys(tile);
+  for_each_tile(band.keys, b, block, [&](Range tile) {
+    const Range all = band.keys.of(b, tile);
     sums.zero();
     problem.for_each_run(b, all, [&](Range run) {
       k.dots(q.from(tile.begin), tile.size(), run, {p.data + run.begin - all.begin, p.stride});
     });
     for (int64_t r = 0; r < tile.size(); ++r)
-      *lse++ = softmax_row(problem, b, h, tile.begin + r, all, p.row(r));
+      *lse++ = weights_row(problem, b, h, tile.begin + r, all, p.row(r));
     problem.for_each_run(b, all, [&](Range run) {
       row_products<acc_t>().multiply_add({p.data + run.begin - all.begin, p.stride}, v.from(run.begin), sums,
                                          tile.size(), run.size(), whole_vectors<acc_t>(problem.Dv));
@@ -127,19 +171,21 @@ struct Backward {
 template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
 void grad_score_row(const Backward<scalar_t>& backward, int64_t b, int64_t h, int64_t i, Range all,
                     acc_t* score, acc_t* grad) {
-  const Range keys = backward.problem.band.keys(i);
-  const acc_t lse = backward.lse_row(b, h)[i], delta = backward.delta_row(b, h)[i];
-  if (!backward.problem.sees_any(b, keys)) {
+  const auto& problem = backward.problem;
+  const Range keys = problem.band.keys.of(b, i);
+  if (keys.size() == 0) {
     std::fill_n(grad, all.size(), acc_t(0));
     return;
   }
+  const acc_t lse = backward.lse_row(b, h)[i], delta = backward.delta_row(b, h)[i];
   acc_t* p = score + keys.begin - all.begin;
   acc_t* grad_score = grad + keys.begin - all.begin;
-  backward.problem.finish_scores_of_keys(b, h, i, keys, p);
-  for (int64_t j = 0; j < keys.size(); ++j) p[j] -= lse;
-  exp(p, keys.size());
-  for (int64_t j = 0; j < keys.size(); ++j) grad_score[j] = p[j] * (grad_score[j] - delta);
-  backward.problem.fill_padding(b, keys, grad_score, 0);
+  problem.finish_scores_of_keys(b, h, i, keys, p);
+  problem.drop_of_keys(b, h, i, keys, grad_score);
+  activate_backward(
+      problem.activation, p, grad_score, keys.size(), [&](int64_t) { return lse; },
+      [&](int64_t) { return delta; });
+  problem.fill_padding(b, keys, grad_score, 0);
   zero_outside(grad, all, keys);
 }
 
@@ -149,14 +195,14 @@ void backward_queries_block(const Backward<scalar_t>& backward, int64_t b, int64
                             const std::optional<Rows<scalar_t>>& grad_q, acc_t* table) {
   const auto& problem = backward.problem;
   const Band& band = problem.band;
-  const Range seen = band.keys(block);
+  const Range seen = band.keys.of(b, block);
   const int64_t head = problem.key_head(h);
   const Slab<scalar_t> q(problem.q, b, h, block), grad_out(backward.grad_out, b, h, block);
   const Slab<scalar_t> k(problem.k, b, head, seen);
   const TransposedSlab<scalar_t> k_columns(problem.k, b, head, seen), v_columns(problem.v, b, head, seen);
   Matrix<acc_t> scores(kTile, seen.size()), grad_scores(kTile, seen.size()), sums(kTile, problem.D);
-  for_each_tile(block, [&](Range tile) {
-    const Range all = band.keys(tile);
+  for_each_tile(band.keys, b, block, [&](Range tile) {
+    const Range all = band.keys.of(b, tile);
     sums.zero();
     problem.for_each_run(b, all, [&](Range run) {
       const int64_t offset = run.begin - all.begin;
@@ -168,7 +214,7 @@ void backward_queries_block(const Backward<scalar_t>& backward, int64_t b, int64
       const int64_t i = tile.begin + r;
       grad_score_row(backward, b, h, i, all, scores.row(r), grad_scores.row(r));
       if (!table) continue;
-      const Range keys = band.keys(i);
+      const Range keys = band.keys.of(b, i);
       const acc_t* grad_score = grad_scores.row(r) + keys.begin - all.begin;
       acc_t* entry = table + band.bias_entry(i, keys.begin);
       for (int64_t j = 0; j < keys.size(); ++j) entry[j] += grad_score[j];
@@ -179,7 +225,8 @@ void backward_queries_block(const Backward<scalar_t>& backward, int64_t b, int64
                                          whole_vectors<acc_t>(problem.D));
     });
     for (int64_t r = 0; grad_q && r < tile.size(); ++r) {
-      for (int64_t d = 0; d < problem.D; ++d) sums.row(r)[d] *= problem.scale;
+      const acc_t scale = problem.scales_of(b)[tile.begin + r];
+      for (int64_t d = 0; d < problem.D; ++d) sums.row(r)[d] *= scale;
       store(sums.row(r), grad_q->at(b, tile.begin + r, h), problem.D);
     }
   });
@@ -219,26 +266,30 @@ void backward_queries(const Backward<scalar_t>& backward, const at::Tensor& grad
   });
 }
 
-// Turns rows of products k . q and v . grad_out with the queries of `all` into key j's probabilities and the
-// gradients of its scores, 0 where it is not seen.
+// Turns rows of products k . q and v . grad_out with the queries of `all` into key j's dropped weights and
+// the scaled gradients of its scores, 0 where it is not seen.
 template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
-void key_row(const Backward<scalar_t>& backward, int64_t b, int64_t h, int64_t j, Range all, acc_t* score,
-             acc_t* grad) {
+void key_row(const Backward<scalar_t>& backward, int64_t b, int64_t h, int64_t j, Range queries, Range all,
+             acc_t* score, acc_t* grad) {
   const auto& problem = backward.problem;
-  const Range queries = problem.band.queries(j);
-  if (queries.size() == 0 || !problem.sees_any(b, {j, j + 1})) {
+  if (queries.size() == 0 || !problem.band.is_real(b, j)) {
     std::fill_n(score, all.size(), acc_t(0));
     std::fill_n(grad, all.size(), acc_t(0));
     return;
   }
+  const int64_t n = queries.size();
   const acc_t* lse = backward.lse_row(b, h) + queries.begin;
   const acc_t* delta = backward.delta_row(b, h) + queries.begin;
+  const acc_t* scale = problem.scales_of(b) + queries.begin;
   acc_t* p = score + queries.begin - all.begin;
   acc_t* grad_score = grad + queries.begin - all.begin;
-  problem.finish_scores_of_queries(h, queries, j, p);
-  for (int64_t i = 0; i < queries.size(); ++i) p[i] -= lse[i];
-  exp(p, queries.size());
-  for (int64_t i = 0; i < queries.size(); ++i) grad_score[i] = p[i] * (grad_score[i] - delta[i]);
+  problem.finish_scores_of_queries(b, h, queries, j, p);
+  problem.drop_of_queries(b, h, queries, j, grad_score);
+  activate_backward(
+      problem.activation, p, grad_score, n, [&](int64_t i) { return lse[i]; },
+      [&](int64_t i) { return delta[i]; });
+  problem.drop_of_queries(b, h, queries, j, p);
+  for (int64_t i = 0; i < n; ++i) grad_score[i] *= scale[i];
   zero_outside(score, all, queries);
   zero_outside(grad, all, queries);
 }
@@ -246,11 +297,10 @@ void key_row(const Backward<scalar_t>& backward, int64_t b, int64_t h, int64_t j
 // grad_k and grad_v for the keys of a block: each gathers from the queries that see it, its group's heads in
 // order.
 template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
-void backward_keys_block(const Backward<scalar_t>& backward, int64_t b, int64_t head, Range block,
-                         const Rows<scalar_t>& grad_k, const Rows<scalar_t>& grad_v) {
+void backward_keys_block(const Backward<scalar_t>& backward, const Ranges& queries, int64_t b, int64_t head,
+                         Range block, const Rows<scalar_t>& grad_k, const Rows<scalar_t>& grad_v) {
   const auto& problem = backward.problem;
-  const Band& band = problem.band;
-  const Range seen = band.queries(block);
+  const Range seen = queries.of(b, block);
   const int64_t group = problem.H / problem.Hkv;
   const auto& multiply_add = row_products<acc_t>().multiply_add;
   const Slab<scalar_t> k(problem.k, b, head, block), v(problem.v, b, head, block);
@@ -261,14 +311,15 @@ void backward_keys_block(const Backward<scalar_t>& backward, int64_t b, int64_t 
     const Slab<scalar_t> q(problem.q, b, h, seen), grad_out(backward.grad_out, b, h, seen);
     const TransposedSlab<scalar_t> q_columns(problem.q, b, h, seen),
         grad_columns(backward.grad_out, b, h, seen);
-    for_each_tile(block, [&](Range tile) {
-      const Range all = band.queries(tile);
+    for_each_tile(queries, b, block, [&](Range tile) {
+      const Range all = queries.of(b, tile);
       if (all.size() == 0) return;
       const int64_t first = tile.begin - block.begin;
       q_columns.dots(k.from(tile.begin), tile.size(), all, p);
       grad_columns.dots(v.from(tile.begin), tile.size(), all, grad_scores);
       for (int64_t r = 0; r < tile.size(); ++r) {
-        key_row(backward, b, h, tile.begin + r, all, p.row(r), grad_scores.row(r));
+        const int64_t j = tile.begin + r;
+        key_row(backward, b, h, j, queries.of(b, j), all, p.row(r), grad_scores.row(r));
       }
       multiply_add(grad_scores, q.from(all.begin), {k_sums.row(first), k_sums.stride}, tile.size(),
                    all.size(), whole_vectors<acc_t>(problem.D));
@@ -277,21 +328,23 @@ void backward_keys_block(const Backward<scalar_t>& backward, int64_t b, int64_t 
     });
   }
   for (int64_t r = 0; r < block.size(); ++r) {
-    for (int64_t d = 0; d < problem.D; ++d) k_sums.row(r)[d] *= problem.scale;
     store(k_sums.row(r), grad_k.at(b, block.begin + r, head), problem.D);
     store(v_sums.row(r), grad_v.at(b, block.begin + r, head), problem.Dv);
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> local_attention_forward(const at::Tensor& q, const at::Tensor& k,
-                                                           const at::Tensor& v, const OptionalTensor& bias,
-                                                           const OptionalTensor& attention_mask, int64_t left,
-                                                           int64_t right, double scale) {
-  local_attention_shapes::check_band(q, k, v, bias, attention_mask, left, right);
+std::tuple<at::Tensor, at::Tensor> local_attention_forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& bias,
+    const OptionalTensor& attention_mask, const OptionalTensor& segment_ids,
+    const OptionalTensor& dropout_seed, int64_t left, int64_t right, std::optional<int64_t> chunk_size,
+    std::optional<double> scale, std::string_view activation, double dropout_p) {
+  const Tensors tensors{q, k, v, bias, attention_mask, segment_ids, dropout_seed};
+  const Options options{left, right, chunk_size, scale, activation, dropout_p};
+  local_attention_shapes::check_forward(tensors, options);
   auto out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   auto lse = at::empty({q.size(0), q.size(2), q.size(1)}, local_attention_shapes::statistics_options(q));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "local_attention", [&] {
-    const Problem<scalar_t> problem(q, k, v, bias, attention_mask, left, right, scale);
+    const Problem<scalar_t> problem(tensors, options);
     const Rows<scalar_t> out_rows(out);
     auto* statistics = lse.data_ptr<at::opmath_type<scalar_t>>();
     for_each_block(problem.B, problem.H, problem.band.Lq, kBlock, [&](int64_t b, int64_t h, Range block) {
@@ -304,22 +357,26 @@ std::tuple<at::Tensor, at::Tensor> local_attention_forward(const at::Tensor& q, 
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_attention_backward(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-    const OptionalTensor& bias, const OptionalTensor& attention_mask, const at::Tensor& out,
-    const at::Tensor& lse, int64_t left, int64_t right, double scale, std::array<bool, 4> output_mask) {
-  local_attention_shapes::check_backward(grad_out, q, k, v, bias, attention_mask, out, lse, left, right,
-                                         output_mask);
+    const OptionalTensor& bias, const OptionalTensor& attention_mask, const OptionalTensor& segment_ids,
+    const OptionalTensor& dropout_seed, const at::Tensor& out, const at::Tensor& lse, int64_t left,
+    int64_t right, std::optional<int64_t> chunk_size, std::optional<double> scale,
+    std::string_view activation, double dropout_p, std::array<bool, 4> output_mask) {
+  const Tensors tensors{q, k, v, bias, attention_mask, segment_ids, dropout_seed};
+  const Options options{left, right, chunk_size, scale, activation, dropout_p};
+  local_attention_shapes::check_backward(grad_out, tensors, out, lse, options, output_mask);
   const bool key_grads = output_mask[1] || output_mask[2];  // one sweep gives both
   const auto grad_q = empty_gradient(output_mask[0], q), grad_bias = empty_gradient(output_mask[3], bias),
              grad_k = empty_gradient(key_grads, k), grad_v = empty_gradient(key_grads, v);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "local_attention_backward", [&] {
-    const Problem<scalar_t> problem(q, k, v, bias, attention_mask, left, right, scale);
+    const Problem<scalar_t> problem(tensors, options);
     const Backward<scalar_t> backward(problem, grad_out, out, lse);
     if (grad_q.defined() || grad_bias.defined()) backward_queries(backward, grad_q, grad_bias);
     if (!key_grads) return;
+    const Ranges queries = problem.band.queries();
     const Rows<scalar_t> k_rows(grad_k), v_rows(grad_v);
     for_each_block(problem.B, problem.Hkv, problem.band.Lk, kBlock,
                    [&](int64_t b, int64_t head, Range block) {
-                     backward_keys_block(backward, b, head, block, k_rows, v_rows);
+                     backward_keys_block(backward, queries, b, head, block, k_rows, v_rows);
                    });
   });
   return {grad_q, output_mask[1] ? grad_k : at::Tensor(), output_mask[2] ? grad_v : at::Tensor(), grad_bias};

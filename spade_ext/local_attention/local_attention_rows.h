@@ -1,37 +1,16 @@
-// What the tasks of the CPU kernel read: the band, rows at their strides, and copies of the rows a block
-// sees.
+// What the tasks of the CPU kernel read: rows at their strides, scores, and copies of the rows a block sees.
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <spade_ext/core/row_products.h>
+#include <spade_ext/local_attention/local_attention_band.h>
 #include <spade_ext/local_attention/local_attention_shapes.h>
 
 #include <algorithm>
-#include <functional>
 #include <limits>
 
 namespace spade_ext::local_attention_cpu {
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return std::max<int64_t>(end - begin, 0); }
-};
-
-// Which keys a query sees and which queries a key is seen by. Positions: query i stands at i + Lk - Lq.
-struct Band {
-  int64_t Lq, Lk, left, right;
-
-  int64_t position(int64_t i) const { return i + Lk - Lq; }
-  Range keys(int64_t i) const {
-    return {std::max<int64_t>(0, position(i) - left), std::min(Lk, position(i) + right + 1)};
-  }
-  Range queries(int64_t j) const {
-    return {std::max<int64_t>(0, j - right - (Lk - Lq)), std::min(Lq, j + left + 1 - (Lk - Lq))};
-  }
-  int64_t bias_entry(int64_t i, int64_t j) const { return left + j - position(i); }
-  Range keys(Range i) const { return {keys(i.begin).begin, keys(i.end - 1).end}; }
-  Range queries(Range j) const { return {queries(j.begin).begin, queries(j.end - 1).end}; }
-};
 
 // A (B, L, H, D) tensor with contiguous rows, read at its strides.
 template <class scalar_t>
@@ -46,42 +25,49 @@ struct Rows {
   }
 };
 
+// What a contiguous tensor of `type` says, or nothing.
+inline at::Tensor contiguous(const OptionalTensor& t, at::ScalarType type) {
+  return is_given(t) ? t->to(type).contiguous() : at::Tensor();
+}
+
 template <class scalar_t>
 struct Problem {
   using acc_t = at::opmath_type<scalar_t>;
   int64_t B, H, Hkv, D, Dv;
   Band band;
   Rows<scalar_t> q, k, v;
-  at::Tensor bias_tensor, mask_tensor;  // contiguous, or undefined
-  acc_t scale;
+  at::Tensor bias;    // contiguous, or undefined
+  at::Tensor scales;  // (B, Lq): what each query's products are multiplied by
+  local_attention_math::Activation activation;
+  local_attention_math::Dropout dropout;
 
-  Problem(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_, const OptionalTensor& bias,
-          const OptionalTensor& mask, int64_t left, int64_t right, double scale_)
-      : B(q_.size(0)),
-        H(q_.size(2)),
-        Hkv(k_.size(2)),
-        D(q_.size(3)),
-        Dv(v_.size(3)),
-        band{q_.size(1), k_.size(1), left, right},
-        q(q_),
-        k(k_),
-        v(v_),
-        bias_tensor(is_given(bias) ? bias->contiguous() : at::Tensor()),
-        mask_tensor(is_given(mask) ? mask->contiguous() : at::Tensor()),
-        scale(static_cast<acc_t>(scale_)) {}
+  Problem(const local_attention_shapes::Tensors& t, const local_attention_shapes::Options& options)
+      : B(t.q.size(0)),
+        H(t.q.size(2)),
+        Hkv(t.k.size(2)),
+        D(t.q.size(3)),
+        Dv(t.v.size(3)),
+        band(B, t.q.size(1), t.k.size(1), options.left.expect_int(), options.right.expect_int(),
+             options.chunk_size, contiguous(t.attention_mask, at::kBool),
+             contiguous(t.segment_ids, at::kLong)),
+        q(t.q),
+        k(t.k),
+        v(t.v),
+        bias(contiguous(t.bias, t.q.scalar_type())),
+        scales(options.scale
+                   ? at::full({B, band.Lq}, *options.scale, local_attention_shapes::statistics_options(t.q))
+                   : band.counts.clamp_min(1).to(at::toOpMathType(t.q.scalar_type())).reciprocal()),
+        activation(local_attention_shapes::check_activation(options.activation)) {
+    if (options.dropout_p > 0) dropout = {options.dropout_p, t.dropout_seed->template item<int64_t>()};
+  }
 
   int64_t key_head(int64_t h) const { return h / (H / Hkv); }
-  const bool* mask(int64_t b) const {
-    return mask_tensor.defined() ? mask_tensor.data_ptr<bool>() + b * band.Lk : nullptr;
-  }
-  bool sees_any(int64_t b, Range keys) const {
-    const bool* real = mask(b);
-    return keys.size() > 0 && (!real || std::any_of(real + keys.begin, real + keys.end, std::identity()));
-  }
+  const acc_t* scales_of(int64_t b) const { return scales.template data_ptr<acc_t>() + b * band.Lq; }
+
   // Calls body for each run of keys in `keys` that are not padding, whose content must not be read.
   template <class Body>
   void for_each_run(int64_t b, Range keys, const Body& body) const {
-    const bool* real = mask(b);
+    const bool* real = band.mask(b);
     for (int64_t j = keys.begin; j < keys.end;) {
       const int64_t end = real ? std::find(real + j, real + keys.end, false) - real : keys.end;
       if (end > j) body(Range{j, end});
@@ -90,6 +76,7 @@ struct Problem {
   }
   // score <- scale score + bias for query i and its keys, -inf for padding.
   void finish_scores_of_keys(int64_t b, int64_t h, int64_t i, Range keys, acc_t* score) const {
+    const acc_t scale = scales_of(b)[i];
     const scalar_t* entry = bias_entry(h, i, keys.begin);
     for (int64_t j = 0; j < keys.size(); ++j) {
       score[j] = scale * score[j] + (entry ? static_cast<acc_t>(entry[j]) : 0);
@@ -97,23 +84,35 @@ struct Problem {
     fill_padding(b, keys, score, -std::numeric_limits<acc_t>::infinity());
   }
   // The same for key j, which is no padding, and its queries: the next query's entry is the one before.
-  void finish_scores_of_queries(int64_t h, Range queries, int64_t j, acc_t* score) const {
+  void finish_scores_of_queries(int64_t b, int64_t h, Range queries, int64_t j, acc_t* score) const {
+    const acc_t* scale = scales_of(b) + queries.begin;
     const scalar_t* entry = bias_entry(h, queries.begin, j);
     for (int64_t i = 0; i < queries.size(); ++i) {
-      score[i] = scale * score[i] + (entry ? static_cast<acc_t>(entry[-i]) : 0);
+      score[i] = scale[i] * score[i] + (entry ? static_cast<acc_t>(entry[-i]) : 0);
     }
   }
   void fill_padding(int64_t b, Range keys, acc_t* row, acc_t value) const {
-    const bool* real = mask(b);
+    const bool* real = band.mask(b);
     for (int64_t j = 0; real && j < keys.size(); ++j) {
       if (!real[keys.begin + j]) row[j] = value;
     }
   }
+  // weight <- keep weight / (1 - p) for query i and its keys, and for key j and its queries.
+  void drop_of_keys(int64_t b, int64_t h, int64_t i, Range keys, acc_t* weight) const {
+    dropout.apply(weight, keys.size(), pair(b, h, i, keys.begin), 1);
+  }
+  void drop_of_queries(int64_t b, int64_t h, Range queries, int64_t j, acc_t* weight) const {
+    dropout.apply(weight, queries.size(), pair(b, h, queries.begin, j), band.Lk);
+  }
 
  private:
   const scalar_t* bias_entry(int64_t h, int64_t i, int64_t j) const {
-    if (!bias_tensor.defined()) return nullptr;
-    return bias_tensor.data_ptr<scalar_t>() + h * (band.left + band.right + 1) + band.bias_entry(i, j);
+    if (!bias.defined()) return nullptr;
+    return bias.template data_ptr<scalar_t>() + h * (band.left + band.right + 1) + band.bias_entry(i, j);
+  }
+  // The number of a pair, modulo 2^64.
+  uint64_t pair(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return (uint64_t(b * H + h) * band.Lq + i) * band.Lk + j;
   }
 };
 

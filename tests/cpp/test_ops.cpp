@@ -116,22 +116,35 @@ TEST_CASE("local_attention") {
 
   SECTION("values: equal scores give means") {
     CHECK(is_close(spade_ext::local_attention(zeros, zeros, v), tensor({3, 3, 3}, {1, 3, 1, 1})));
-    CHECK(is_close(spade_ext::local_attention(zeros, zeros, v, {}, {}, at::IntArrayRef{1, 0}),
+    CHECK(is_close(spade_ext::local_attention(zeros, zeros, v, {}, at::IntArrayRef{1, 0}),
                    tensor({1, 1.5, 4}, {1, 3, 1, 1})));
     const auto mask = torch::tensor({false, true, true}).view({1, 3});
-    CHECK(is_close(spade_ext::local_attention(zeros, zeros, v, {}, mask, at::IntArrayRef{1, 0}),
+    CHECK(is_close(spade_ext::local_attention(zeros, zeros, v, {}, at::IntArrayRef{1, 0}, {}, false, mask),
                    tensor({0, 2, 4}, {1, 3, 1, 1})));
+  }
+  SECTION("values: chunks, segments, activations and dropout") {
+    CHECK(is_close(spade_ext::local_attention(zeros, zeros, v, {}, {}, 2),
+                   tensor({1.5, 1.5, 6}, {1, 3, 1, 1})));
+    const auto segments = torch::tensor({7, 4, 4}).view({1, 3});
+    CHECK(is_close(spade_ext::local_attention(zeros, zeros, v, {}, {}, {}, false, {}, segments),
+                   tensor({1, 4, 4}, {1, 3, 1, 1})));
+    // q.k = 2 for every pair: relu2 gives (2 / n)^2, n the keys so far.
+    const auto ones = torch::ones_like(zeros);
+    CHECK(is_close(spade_ext::local_attention(ones, ones, v, {}, {}, {}, true, {}, {}, {}, "relu2"),
+                   tensor({4 * 1, 1 * 3, 4. / 9 * 9}, {1, 3, 1, 1})));
+    const auto dropped = spade_ext::local_attention(zeros, zeros, ones, {}, {}, {}, false, {}, {}, {},
+                                                    "softmax", 0.5, torch::tensor(int64_t(3)));
+    CHECK(is_close(dropped * 1.5, (dropped * 1.5).round()));  // 2/3 a key that is kept
   }
   SECTION("gradient") {
     const auto q = torch::randn({2, 9, 4, 3}, torch::kDouble), k = torch::randn({2, 9, 2, 3}, torch::kDouble);
     const std::vector<int64_t> window{3, 2};
-    CHECK(gradient_is_right(
-        [&](const auto& bias) { return spade_ext::local_attention(q, k, k, bias, {}, window); },
-        parameter({4, 6})));
+    CHECK(
+        gradient_is_right([&](const auto& bias) { return spade_ext::local_attention(q, k, k, bias, window); },
+                          parameter({4, 6})));
   }
   SECTION("error") {
-    CHECK_THROWS_AS(spade_ext::local_attention(zeros, zeros, v, {}, {}, at::IntArrayRef{-1, 0}),
-                    c10::ValueError);
+    CHECK_THROWS_AS(spade_ext::local_attention(zeros, zeros, v, {}, at::IntArrayRef{-1, 0}), c10::ValueError);
   }
 }
 
@@ -156,7 +169,7 @@ struct Model : torch::nn::Module {
     const auto kernel = spade_ext::diagonal_kernel(w, c, log_dt, x.size(1));
     const auto y = spade_ext::long_conv(x.transpose(1, 2), kernel, skip).squeeze(1).transpose(1, 2);
     const auto qkv = project(torch::gelu(y)).unflatten(-1, {3, kHeads, kChannels / kHeads}).unbind(2);
-    return spade_ext::local_attention(qkv[0], qkv[1], qkv[2], bias, {}, at::IntArrayRef{kLeft, 0}).flatten(2);
+    return spade_ext::local_attention(qkv[0], qkv[1], qkv[2], bias, at::IntArrayRef{kLeft, 0}).flatten(2);
   }
 };
 

@@ -250,8 +250,11 @@ def local_attention_sample(
 ) -> Sample:
     """Lk, Hkv and Dv are Lq, H and D unless given."""
     Lk, Hkv, Dv = (default if given is None else given for given, default in ((Lk, Lq), (Hkv, H), (Dv, D)))
-    window = kwargs.get("window")
-    entries = Lq + Lk - 1 if window is None else sum(window) + 1
+    entries = Lq + Lk - 1
+    if kwargs.get("window") is not None:
+        entries = sum(kwargs["window"]) + 1
+    elif kwargs.get("chunk_size") is not None:
+        entries = 2 * kwargs["chunk_size"] - 1
     return Sample(
         name,
         (
@@ -268,6 +271,15 @@ def padding(*real: tuple[int, int], length: int) -> Tensor:
     """A row for each (begin, end): True from begin to end."""
     position = torch.arange(length)
     return torch.stack([(position >= begin) & (position < end) for begin, end in real])
+
+
+def segments(*rows: tuple[int, ...]) -> Tensor:
+    """A row of ids for each list of the lengths of its documents."""
+    return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
+
+
+def dropout(p: float = 0.3, seed: int = 2**61 + 1) -> dict:
+    return {"dropout_p": p, "dropout_seed": torch.tensor(seed)}
 
 
 def local_attention_samples() -> list[Sample]:
@@ -316,7 +328,9 @@ def local_attention_samples() -> list[Sample]:
         ),
         local_attention_sample("empty_batch", B=0, window=(3, 2), bias=True),
         local_attention_sample("no_queries", Lq=0, Lk=4, window=(3, 2), bias=True),
+        local_attention_sample("no_queries_causal", Lq=0, Lk=1, causal=True, bias=True),
         local_attention_sample("no_keys", Lk=0, window=(3, 2), bias=True),
+        local_attention_sample("no_keys_causal", Lk=0, causal=True, bias=True),
         local_attention_sample("no_values", Dv=0, window=(3, 2), bias=True),
         local_attention_sample(
             "heads_before_tokens",
@@ -334,4 +348,144 @@ def local_attention_samples() -> list[Sample]:
             "gradient_of_bias", window=(3, 2), bias=True, **{n: constant(2, 9, 2, 4) for n in "qkv"}
         ),
         local_attention_sample("no_gradient", window=(3, 2), **{n: constant(2, 9, 2, 4) for n in "qkv"}),
+        *chunk_samples(),
+        *segment_samples(),
+        *activation_samples(),
+        *dropout_samples(),
+        local_attention_sample(
+            "everything",
+            Lq=140,
+            Lk=135,
+            H=4,
+            Hkv=2,
+            D=5,
+            Dv=6,
+            bias=True,
+            q=leaf(randn(2, 140, 4, 15)[..., ::3]),
+            v=leaf(randn(2, 2, 135, 6).transpose(1, 2)),
+            chunk_size=31,
+            causal=True,
+            attention_mask=padding((0, 100), (30, 135), length=135),
+            segment_ids=segments((64, 63, 8), (3, 126, 6)),
+            activation="laplace",
+            **dropout(),
+        ),
+        local_attention_sample(
+            "everything_in_an_empty_batch",
+            B=0,
+            bias=True,
+            chunk_size=4,
+            attention_mask=torch.ones(0, 9).bool(),
+            segment_ids=torch.ones(0, 9).long(),
+            activation="relu2",
+            **dropout(),
+        ),
+    ]
+
+
+def chunk_samples() -> list[Sample]:
+    return [
+        local_attention_sample("chunk", chunk_size=3),
+        local_attention_sample("chunk_bias", chunk_size=4, bias=True),
+        local_attention_sample("chunk_causal_bias", chunk_size=4, causal=True, bias=True),
+        local_attention_sample("chunk_of_one", chunk_size=1, bias=True),
+        local_attention_sample("chunk_wider_than_the_row", chunk_size=30, bias=True),
+        local_attention_sample("chunk_length_1", Lq=1, chunk_size=2, bias=True),
+        local_attention_sample("chunk_length_63", Lq=63, chunk_size=64, bias=True),
+        local_attention_sample("chunk_length_64", Lq=64, chunk_size=16, causal=True, bias=True),
+        local_attention_sample("chunk_length_65", Lq=65, chunk_size=64, bias=True),
+        local_attention_sample("chunk_length_129", Lq=129, H=3, D=5, chunk_size=43, bias=True),
+        local_attention_sample(
+            "chunk_padding",
+            B=4,
+            chunk_size=4,
+            bias=True,
+            attention_mask=padding((0, 6), (3, 9), (2, 7), (0, 0), length=9),
+        ),
+        local_attention_sample(
+            "chunk_holes",
+            chunk_size=4,
+            causal=True,
+            bias=True,
+            attention_mask=torch.tensor([[0, 1, 0, 0, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 0, 0, 0, 1]]).bool(),
+        ),
+        local_attention_sample("chunk_more_keys", Lq=5, Lk=12, chunk_size=5, bias=True),
+        local_attention_sample("chunk_more_queries", Lq=12, Lk=5, chunk_size=3, bias=True),
+        local_attention_sample("chunk_no_keys", Lk=0, chunk_size=3, bias=True, attention_mask=torch.ones(2, 0).bool()),
+        local_attention_sample(
+            "chunk_several_blocks",
+            Lq=300,
+            Lk=270,
+            Hkv=1,
+            chunk_size=150,
+            bias=True,
+            attention_mask=padding((0, 200), (33, 270), length=270),
+        ),
+    ]
+
+
+def segment_samples() -> list[Sample]:
+    at_blocks = segments((127, 1, 1, 127, 4), (128, 129, 3))
+    return [
+        local_attention_sample("segments", segment_ids=segments((4, 3, 2), (1, 1, 7)), bias=True),
+        local_attention_sample("segments_causal", segment_ids=segments((4, 3, 2), (9,)), causal=True, bias=True),
+        local_attention_sample("segments_window", segment_ids=segments((4, 3, 2), (1, 8)), window=(3, 2), bias=True),
+        local_attention_sample(
+            "segments_chunk",
+            segment_ids=segments((4, 3, 2), (1, 8)),
+            chunk_size=3,
+            bias=True,
+            attention_mask=padding((1, 9), (2, 8), length=9),
+        ),
+        local_attention_sample(
+            "segments_whose_ids_come_again", segment_ids=torch.tensor([[5, 5, -1, -1, -1, 5, 5, 5, 0], [7] * 9])
+        ),
+        local_attention_sample("segments_of_bytes", segment_ids=segments((4, 5), (9,)).to(torch.uint8)),
+        local_attention_sample(
+            "segments_of_padding",
+            segment_ids=segments((3, 3, 3), (2, 5, 2)),
+            bias=True,
+            attention_mask=padding((3, 9), (2, 7), length=9),
+        ),
+        local_attention_sample("segments_more_keys", Lq=5, Lk=12, segment_ids=segments((9, 3), (5, 7)), bias=True),
+        local_attention_sample("segments_more_queries", Lq=12, Lk=5, segment_ids=segments((2, 3), (5,)), bias=True),
+        local_attention_sample("segments_no_keys", Lk=0, segment_ids=torch.ones(2, 0).long()),
+        local_attention_sample("segments_at_blocks", Lq=260, D=3, segment_ids=at_blocks, window=(40, 10), bias=True),
+        local_attention_sample("segments_at_blocks_chunk", Lq=260, D=3, Hkv=1, segment_ids=at_blocks, chunk_size=50),
+        local_attention_sample("segments_at_blocks_causal", Lq=260, D=3, segment_ids=at_blocks, causal=True, Dv=5),
+    ]
+
+
+def activation_samples() -> list[Sample]:
+    return [
+        local_attention_sample("relu2", activation="relu2"),
+        local_attention_sample("relu2_causal_bias", activation="relu2", causal=True, bias=True),
+        local_attention_sample(
+            "relu2_chunk_padding",
+            activation="relu2",
+            chunk_size=4,
+            bias=True,
+            attention_mask=padding((0, 6), (3, 9), length=9),
+        ),
+        local_attention_sample("relu2_segments", Lq=70, activation="relu2", segment_ids=segments((64, 6), (3, 67))),
+        local_attention_sample("relu2_more_queries", Lq=12, Lk=5, activation="relu2", bias=True),
+        local_attention_sample("laplace", activation="laplace"),
+        local_attention_sample("laplace_bias", activation="laplace", bias=True),
+        local_attention_sample("laplace_chunk_causal", activation="laplace", chunk_size=4, causal=True, bias=True),
+        local_attention_sample(
+            "laplace_hidden_rows", activation="laplace", bias=True, attention_mask=padding((0, 0), (2, 9), length=9)
+        ),
+        local_attention_sample("laplace_more_keys", Lq=5, Lk=12, H=4, Hkv=2, Dv=7, activation="laplace", causal=True),
+        local_attention_sample("laplace_length_129", Lq=129, activation="laplace", chunk_size=65, bias=True),
+    ]
+
+
+def dropout_samples() -> list[Sample]:
+    return [
+        local_attention_sample("dropout", **dropout()),
+        local_attention_sample("dropout_window_bias", window=(3, 2), bias=True, **dropout(0.5, -1)),
+        local_attention_sample("dropout_of_most", causal=True, bias=True, **dropout(0.8)),
+        local_attention_sample("dropout_of_none", bias=True, **dropout(0.0)),
+        local_attention_sample("dropout_relu2", activation="relu2", bias=True, **dropout()),
+        local_attention_sample("dropout_grouped", Lq=65, Lk=70, H=4, Hkv=2, Dv=3, chunk_size=20, **dropout()),
     ]

@@ -24,10 +24,25 @@ def diagonal_scan_backward(
     return OPS.diagonal_scan_backward(grad_y, grad_state, u, w, w, c, None, None, None, output_mask)
 
 
-def local_attention_backward(device, grad_shape=(2, 5, 2, 4), output_mask=(True, True, True, False), left=1):
+def local_attention_backward(
+    device,
+    grad_shape=(2, 5, 2, 4),
+    output_mask=(True, True, True, False),
+    left=1,
+    chunk_size=None,
+    activation="softmax",
+    dropout_p=0.0,
+    segment_ids=None,
+    lse_shape=(2, 2, 5),
+):
     q = torch.ones(2, 5, 2, 4, device=device)
-    grad, lse = torch.ones(grad_shape, device=device), torch.ones(2, 2, 5, device=device)
-    return OPS.local_attention_backward(grad, q, q, q, None, None, q, lse, left, 1, 0.5, output_mask)
+    grad, lse = torch.ones(grad_shape, device=device), torch.ones(lse_shape, device=device)
+    if segment_ids is not None:
+        segment_ids = segment_ids.to(device)
+    return OPS.local_attention_backward(
+        *(grad, q, q, q, None, None, segment_ids, None, q, lse),
+        *(left, 1, chunk_size, 0.5, activation, dropout_p, output_mask),
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -50,6 +65,12 @@ def local_attention_backward(device, grad_shape=(2, 5, 2, 4), output_mask=(True,
         (local_attention_backward, {"grad_shape": (2, 4, 2, 4)}, r"grad_out has shape .*, expected 5 in dimension 1"),
         (local_attention_backward, {"output_mask": [True] * 4}, "output_mask wants the gradient of bias"),
         (local_attention_backward, {"left": -5}, "left and right are -5 and 1, expected -1 to"),
+        (local_attention_backward, {"chunk_size": 0}, "chunk_size is 0, expected 1 to"),
+        (local_attention_backward, {"activation": "tanh"}, "activation is tanh, expected softmax, relu2 or laplace"),
+        (local_attention_backward, {"dropout_p": 1.0}, "dropout_p is 1, expected at least 0 and less than 1"),
+        (local_attention_backward, {"dropout_p": 0.5}, "dropout_seed is None with dropout_p 0.5, expected"),
+        (local_attention_backward, {"segment_ids": torch.ones(2, 4).int()}, "segment_ids has shape .*, expected 5 in"),
+        (local_attention_backward, {"lse_shape": (2, 5, 2)}, "lse has shape .*, expected 2 in dimension 1"),
     ],
 )
 def test_errors(backward, change, message, device):
