@@ -8,6 +8,7 @@
 #include <spade_ext/export.h>
 #include <spade_ext/local_attention/local_attention.h>
 #include <spade_ext/long_conv/long_conv.h>
+#include <spade_ext/s4/s4.h>
 
 namespace spade_ext {
 

@@ -110,6 +110,42 @@ TEST_CASE("diagonal_scan and diagonal_step") {
   }
 }
 
+TEST_CASE("s4") {
+  // A = -2 - |p|^2 of every state and its conjugate. With p = 0 and dt = 1, Abar = 0, Bbar = b / 2.
+  const auto w = tensor({-2, 0}, {1, 1, 2}), b = tensor({1, 0}, {1, 1, 2}), log_dt = tensor({0}, {1});
+  const auto p = tensor({0, 0}, {1, 1, 1, 2}), c = tensor({3, 5}, {1, 1, 1, 2});
+
+  SECTION("values of s4_kernel") {
+    CHECK(is_close(spade_ext::s4_kernel(w, p, b.unsqueeze(0), c, log_dt, 3, 3),
+                   tensor({3, 0, 0}, {1, 1, 1, 3})));
+  }
+  SECTION("values of s4_state and s4_step") {
+    // p = 1 over the pair: p^* x = 2 Re x, so A = -4 and 1 - dt/2 A = 3 for the real part, Abar = -1/3.
+    const auto one = tensor({1, 0}, {1, 1, 1, 2}), u = tensor({1, 0, 9}, {1, 1, 3});
+    auto state = spade_ext::s4_state(u, w, one, b, log_dt);
+    CHECK(is_close(state, tensor({1.0 / 27 + 3, 0}, {1, 1, 1, 2})));
+    const auto y = spade_ext::s4_step(tensor({3}, {1, 1}), w, one, b, c, log_dt, state);
+    CHECK(is_close(state, tensor({-1.0 / 81, 0}, {1, 1, 1, 2})));
+    CHECK(is_close(y, tensor({-6.0 / 81}, {1, 1, 1})));
+  }
+  SECTION("gradient") {
+    const auto weights = torch::randn({2, 4, 5, 2}, torch::kDouble),
+               log_dts = torch::randn({4}, torch::kDouble) - 3;
+    const auto decay = -torch::rand({2, 5, 2}, torch::kDouble) - 0.5;
+    const auto input = torch::randn({3, 2, 5, 2}, torch::kDouble);
+    CHECK(gradient_is_right(
+        [&](const auto& x) { return spade_ext::s4_kernel(decay, x, input, weights, log_dts, 20, 8); },
+        parameter({2, 2, 5, 2})));
+  }
+  SECTION("errors") {
+    CHECK_THROWS_AS(spade_ext::s4_kernel(w, p, b, c, log_dt, 3, 3), c10::ValueError);
+    CHECK_THROWS_AS(spade_ext::s4_state(tensor({1}, {1, 1}), w, p, b, log_dt), c10::ValueError);
+    CHECK_THROWS_AS(
+        spade_ext::s4_step(parameter({1, 1}), w, p, b, c, log_dt, torch::zeros({1, 1, 1, 2}, torch::kDouble)),
+        c10::NotImplementedError);
+  }
+}
+
 TEST_CASE("local_attention") {
   const auto zeros = torch::zeros({1, 3, 1, 2}, torch::kDouble);
   const auto v = tensor({1, 2, 6}, {1, 3, 1, 1});

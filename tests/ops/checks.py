@@ -7,7 +7,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from .sample_inputs import Sample
+from spade_ext.ops import long_conv
+
+from .sample_inputs import Sample, leaf
 
 TOLERANCES = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-9},
@@ -94,6 +96,28 @@ def check_same_bits(op, sample: Sample, set_threads) -> None:
         results.append(run(op, sample))
     for others in results[1:]:
         assert all(map(torch.equal, results[0], others))
+
+
+def golden_parameters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By name, those of a golden file's state that it has gradients of."""
+    names = [key.removeprefix("grad.") for key in tensors if key.startswith("grad.")]
+    return {name: leaf(tensors[f"state.{name}"]) for name in names}
+
+
+def check_golden(
+    tensors: dict[str, torch.Tensor], parameters: dict[str, torch.Tensor], k: torch.Tensor, skip: torch.Tensor
+) -> None:
+    """Kernel, output and all gradients of a published layer; its second kernel, where it has one, is the reverse."""
+    u = leaf(tensors["u"])
+    y = long_conv(u, k[:1], skip, k[1:] if k.size(0) == 2 else None).squeeze(1)
+    gradients = torch.autograd.grad(y, [u, *parameters.values()], tensors["g"])
+    if "kernel" in tensors:
+        assert_close(k, tensors["kernel"], **TOLERANCES[torch.float64])
+    assert_close(y, tensors["y"], **TOLERANCES[torch.float64])
+    for name, gradient in zip(["grad_u", *(f"grad.{name}" for name in parameters)], gradients, strict=True):
+        assert_close(
+            gradient, tensors[name], **TOLERANCES[torch.float64], msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

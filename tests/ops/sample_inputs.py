@@ -245,6 +245,136 @@ def diagonal_step_samples() -> list[Sample]:
     ]
 
 
+def s4_parameters(M: int, C: int, H: int, N: int, S: int, R: int) -> dict[str, Tensor]:
+    """Of stable systems, by name in the order of `s4_kernel`."""
+    w, c, log_dt = s4d_parameters(C, H, N, S)
+    return {"w": w, "p": randn(R, S, N, 2), "b": randn(M, S, N, 2), "c": c, "log_dt": log_dt}
+
+
+def s4_kernel_sample(
+    name: str, length=8, nodes=8, M=2, C=2, H=4, N=5, S=2, R=1, *, rate=1.0, grad=True, **given
+) -> Sample:
+    """`given` replaces w, p, b, c or log_dt."""
+    values = s4_parameters(M, C, H, N, S, R) | given
+    sample = Sample(name, (*values.values(), length), {"nodes": nodes, "rate": rate})
+    return sample if grad else sample.map(Tensor.detach)
+
+
+def s4_kernel_samples() -> list[Sample]:
+    torch.manual_seed(0)
+    constants = {"w": -constant(2, 5, 2).abs(), "p": constant(1, 2, 5, 2), "b": constant(2, 2, 5, 2)}
+    constants |= {"c": constant(2, 4, 5, 2), "log_dt": constant(4) - 3}
+
+    def gradient_of(name: str) -> Sample:
+        return s4_kernel_sample(f"gradient_of_{name}", 12, **constants | {name: leaf(constants[name])})
+
+    return [
+        *(s4_kernel_sample(f"rank_{R}", R=R) for R in range(4)),
+        *(s4_kernel_sample(f"nodes_{nodes}", nodes, nodes) for nodes in (1, 2, 7, 63, 64, 65, 128)),
+        *(s4_kernel_sample(f"length_{length}", length, nodes=7) for length in (0, 1, 6, 8, 15, 100)),
+        s4_kernel_sample("far_beyond_one_node", 200, nodes=1, R=2),
+        s4_kernel_sample("beyond_several_blocks", 300, nodes=75, R=2),
+        s4_kernel_sample("rate_half", 20, nodes=10, rate=0.5),
+        s4_kernel_sample("rate_2", 5, nodes=10, rate=2.0),
+        s4_kernel_sample("rate_1.5", 5, nodes=10, rate=1.5),
+        s4_kernel_sample("nodes_round_up_to_even", 4, nodes=7, rate=2.0),
+        s4_kernel_sample("nodes_round_down_to_even", 2, nodes=5, rate=2.0),
+        s4_kernel_sample("rate_beyond_nodes", 40, nodes=7, rate=2.0, R=2),
+        s4_kernel_sample("rate_leaves_no_node", 0, nodes=1, rate=5.0),
+        s4_kernel_sample("one_copy", S=1),
+        s4_kernel_sample("a_copy_a_channel", S=4, R=3),
+        s4_kernel_sample("one_of_each", M=1, C=1, H=1, N=1, S=1),
+        s4_kernel_sample("many", 65, nodes=65, M=3, C=4, H=6, N=33, S=3, R=2),
+        s4_kernel_sample("no_inputs", M=0),
+        s4_kernel_sample("no_outputs", C=0),
+        s4_kernel_sample("no_channels", H=0),
+        s4_kernel_sample("no_states", N=0),
+        s4_kernel_sample("no_states_extended", 20, N=0),
+        s4_kernel_sample(
+            "transposed",
+            12,
+            w=leaf(-randn(5, 2, 2).transpose(0, 1).abs()),
+            p=leaf(randn(1, 2, 2, 5).mT),
+            b=leaf(randn(5, 2, 2, 2).transpose(0, 2)),
+            c=leaf(randn(5, 4, 2, 2).transpose(0, 2)),
+        ),
+        s4_kernel_sample(
+            "strided",
+            12,
+            w=leaf(-randn(4, 5, 4).abs()[::2, :, 1:3]),
+            p=leaf(randn(2, 2, 10, 2)[1:, :, ::2]),
+            b=leaf(randn(3, 2, 5, 4)[1:, :, :, ::2]),
+            c=leaf(randn(2, 8, 5, 2)[:, 1::2]),
+            log_dt=leaf(randn(8)[::2] - 3),
+        ),
+        s4_kernel_sample(
+            "expanded",
+            12,
+            w=leaf(-randn(5, 2).abs().expand(2, 5, 2)),
+            p=leaf(randn(2, 1, 5, 2).expand(2, 2, 5, 2)),
+            b=leaf(randn(2, 2, 1, 2).expand(2, 2, 5, 2)),
+            c=leaf(randn(2, 1, 5, 2).expand(2, 4, 5, 2)),
+            log_dt=leaf(randn(1).expand(4) - 3),
+        ),
+        *map(gradient_of, constants),
+        s4_kernel_sample("no_gradient", **constants),
+    ]
+
+
+def s4_state_sample(name: str, L=8, B=2, H=4, N=5, S=2, R=1, *, with_state=True, **given) -> Sample:
+    """`given` replaces u, w, p, b, log_dt or state."""
+    system = s4_parameters(1, 0, H, N, S, R)
+    values = {"u": randn(B, H, L), "w": system["w"], "p": system["p"], "b": system["b"][0]}
+    values |= {"log_dt": system["log_dt"], "state": randn(B, H, N, 2) if with_state else None} | given
+    return Sample(name, tuple(values.values())).map(Tensor.detach)
+
+
+def s4_state_samples() -> list[Sample]:
+    """Without gradients."""
+    torch.manual_seed(0)
+    return [
+        *(s4_state_sample(f"rank_{R}", R=R) for R in range(4)),
+        *(s4_state_sample(f"length_{L}", L) for L in (0, 1, 63, 64, 65, 300)),
+        s4_state_sample("without_state", with_state=False),
+        s4_state_sample("length_0_without_state", 0, with_state=False),
+        s4_state_sample("one_copy", S=1),
+        s4_state_sample("a_copy_a_channel", S=4),
+        s4_state_sample("many", B=7, H=6, N=33, S=3, R=2),
+        s4_state_sample("empty_batch", B=0),
+        s4_state_sample("no_channels", H=0),
+        s4_state_sample("no_states", N=0),
+        s4_state_sample("transposed", u=randn(2, 8, 4).mT, state=randn(5, 4, 2, 2).transpose(0, 2)),
+        s4_state_sample("sliced", u=randn(4, 8, 30)[::2, ::2, 3:27:3], state=randn(2, 8, 5, 4)[:, ::2, :, 1:3]),
+        s4_state_sample("expanded", u=randn(1, 4, 1).expand(2, 4, 8), state=randn(4, 5, 2).expand(2, 4, 5, 2)),
+    ]
+
+
+def s4_step_sample(name: str, B=2, C=2, H=4, N=5, S=2, R=1, **given) -> Sample:
+    """`given` replaces u, w, p, b, c, log_dt or state."""
+    system = s4_parameters(1, C, H, N, S, R)
+    values = {"u": randn(B, H), "w": system["w"], "p": system["p"], "b": system["b"][0], "c": system["c"]}
+    values |= {"log_dt": system["log_dt"], "state": randn(B, H, N, 2)} | given
+    return Sample(name, tuple(values.values())).map(Tensor.detach)
+
+
+def s4_step_samples() -> list[Sample]:
+    """Without gradients."""
+    torch.manual_seed(0)
+    return [
+        *(s4_step_sample(f"rank_{R}", R=R) for R in range(4)),
+        s4_step_sample("one_copy", S=1),
+        s4_step_sample("a_copy_a_channel", S=4),
+        s4_step_sample("many", B=7, C=3, H=6, N=33, S=3, R=2),
+        s4_step_sample("empty_batch", B=0),
+        s4_step_sample("no_outputs", C=0),
+        s4_step_sample("no_channels", H=0),
+        s4_step_sample("no_states", N=0),
+        s4_step_sample("transposed", u=randn(4, 2).mT, state=randn(5, 4, 2, 2).transpose(0, 2)),
+        s4_step_sample("sliced", u=randn(4, 8)[::2, ::2], state=randn(2, 8, 5, 4)[:, ::2, :, 1:3]),
+        s4_step_sample("expanded", u=randn(1, 4).expand(2, 4), c=randn(2, 1, 5, 2).expand(2, 4, 5, 2)),
+    ]
+
+
 def local_attention_sample(
     name: str, B=2, Lq=9, H=2, D=4, *, Lk=None, Hkv=None, Dv=None, bias=False, q=None, k=None, v=None, **kwargs
 ) -> Sample:

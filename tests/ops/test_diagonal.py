@@ -4,16 +4,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from spade_ext.ops import diagonal_kernel, diagonal_kernel_ref, long_conv
+from spade_ext.ops import diagonal_kernel, diagonal_kernel_ref
 
 from .checks import (
     TOLERANCES,
     check_against_reference,
     check_compiles_once,
+    check_golden,
     check_gradients,
     check_opcheck,
     check_refuses_second_derivative,
     check_same_bits,
+    golden_parameters,
     peak_memory,
     relative_errors,
     run,
@@ -209,46 +211,27 @@ def test_another_device_is_refused(name):
         diagonal_kernel(**arguments(**{name: arguments()[name].to("meta")}))
 
 
-def check_golden(parameters, tensors, w, c, log_dt, skip, disc):
-    """Kernel, output and all gradients of an S4D layer; its second kernel, where it has one, is the reverse."""
-    u = leaf(tensors["u"])
-    k = diagonal_kernel(w, c, log_dt, u.size(-1), disc=disc)
-    y = long_conv(u, k[:1], skip, k[1:] if k.size(0) == 2 else None).squeeze(1)
-    gradients = torch.autograd.grad(y, [u, *parameters.values()], tensors["g"])
-    if "kernel" in tensors:
-        assert_close(k, tensors["kernel"], **TOLERANCES[torch.float64])
-    assert_close(y, tensors["y"], **TOLERANCES[torch.float64])
-    for name, gradient in zip(["grad_u", *(f"grad.{name}" for name in parameters)], gradients, strict=True):
-        assert_close(
-            gradient, tensors[name], **TOLERANCES[torch.float64], msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-def parameters_with_gradients(tensors):
-    """By name, those of the state that the file has gradients of."""
-    names = [key.removeprefix("grad.") for key in tensors if key.startswith("grad.")]
-    return {name: leaf(tensors[f"state.{name}"]) for name in names}
-
-
 @pytest.mark.parametrize("kind", ["diag-inv_bilinear", "diag-legs_zoh", "diag-lin_dss", "diag-lin_zoh"])
 @pytest.mark.parametrize("length", ["L64_bi0", "L100_bi1"])
 def test_golden_s4d(kind, length, load_golden):
     tensors, config = load_golden(f"s4d_{kind}_{length}_c1")
-    parameters = parameters_with_gradients(tensors)
+    parameters = golden_parameters(tensors)
     a_real, a_imag, B, C, log_dt = (
         parameters[f"kernel.kernel.{name}"] for name in ("inv_A_real", "A_imag", "B", "C", "log_dt")
     )
     w = torch.stack((-a_real.exp(), a_imag), -1)
     copies = C.size(1) // B.size(0)
     c = torch.view_as_real(torch.view_as_complex(B).repeat(copies, 1) * torch.view_as_complex(C))
-    check_golden(parameters, tensors, w, c, log_dt, parameters["D"], config["disc"])
+    k = diagonal_kernel(w, c, log_dt, config["L"], disc=config["disc"])
+    check_golden(tensors, parameters, k, parameters["D"])
 
 
 def test_golden_state_spaces(load_golden):
-    tensors, _ = load_golden("spaces_diag_diag-lin_r1_L80_bi1")
-    parameters = parameters_with_gradients(tensors)
+    tensors, config = load_golden("spaces_diag_diag-lin_r1_L80_bi1")
+    parameters = golden_parameters(tensors)
     a_real, a_imag, B, C, inv_dt = (parameters[f"kernel.{name}"] for name in ("A_real", "A_imag", "B", "C", "inv_dt"))
     w = torch.stack((-a_real.exp(), -a_imag), -1)
     copies = C.size(1) // B.size(1)
     c = torch.view_as_real(torch.view_as_complex(B).repeat(1, copies, 1) * torch.view_as_complex(C))
-    check_golden(parameters, tensors, w, c, inv_dt.squeeze(-1), parameters["D"], "zoh")
+    k = diagonal_kernel(w, c, inv_dt.squeeze(-1), config["L"], disc="zoh")
+    check_golden(tensors, parameters, k, parameters["D"])

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import spade_ext  # noqa: F401, registers the ops
+
 OPS = torch.ops.spade_ext
 
 
@@ -45,6 +47,12 @@ def local_attention_backward(
     )
 
 
+def s4_kernel_backward(device, grad_shape=(3, 1, 4, 5), output_mask=(True,) * 5, nodes=8):
+    w, p, b = (torch.ones(*shape, 2, 2, 2, device=device) for shape in ((), (1,), (3,)))
+    c, log_dt = torch.ones(1, 4, 2, 2, device=device), torch.ones(4, device=device)
+    return OPS.s4_kernel_backward(torch.ones(grad_shape, device=device), w, p, b, c, log_dt, nodes, 1.0, output_mask)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     ("backward", "change", "message"),
@@ -71,6 +79,11 @@ def local_attention_backward(
         (local_attention_backward, {"dropout_p": 0.5}, "dropout_seed is None with dropout_p 0.5, expected"),
         (local_attention_backward, {"segment_ids": torch.ones(2, 4).int()}, "segment_ids has shape .*, expected 5 in"),
         (local_attention_backward, {"lse_shape": (2, 5, 2)}, "lse has shape .*, expected 2 in dimension 1"),
+        (s4_kernel_backward, {"grad_shape": (1, 4, 5)}, r"grad_k has shape .*, expected \(M, C, H, length\)"),
+        (s4_kernel_backward, {"grad_shape": (2, 1, 4, 5)}, r"grad_k has shape .*, expected 3 in dimension 0 of"),
+        (s4_kernel_backward, {"grad_shape": (3, 2, 4, 5)}, r"grad_k has shape .*, expected 1 in dimension 1 of"),
+        (s4_kernel_backward, {"grad_shape": (3, 1, 1, 5)}, r"grad_k has shape .*, expected 4 in dimension 2 of"),
+        (s4_kernel_backward, {"nodes": 0}, "nodes is 0, expected 1 or more"),
     ],
 )
 def test_errors(backward, change, message, device):

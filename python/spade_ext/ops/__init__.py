@@ -10,6 +10,7 @@ from .diagonal import (
 )
 from .local_attention import local_attention, local_attention_ref
 from .long_conv import long_conv, long_conv_ref
+from .s4 import s4_kernel, s4_kernel_ref, s4_state, s4_state_ref, s4_step, s4_step_ref
 
 __all__ = [
     "diagonal_kernel",
@@ -22,4 +23,10 @@ __all__ = [
     "local_attention_ref",
     "long_conv",
     "long_conv_ref",
+    "s4_kernel",
+    "s4_kernel_ref",
+    "s4_state",
+    "s4_state_ref",
+    "s4_step",
+    "s4_step_ref",
 ]
