@@ -2,9 +2,12 @@
 
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 
 #include <array>
+#include <initializer_list>
 #include <optional>
+#include <utility>
 
 namespace spade_ext {
 
@@ -31,6 +34,28 @@ inline bool is_given(const OptionalTensor& t) { return t.has_value() && t->defin
 // Room for the gradient of `like`, contiguous, or an undefined tensor where none is wanted.
 inline at::Tensor empty_gradient(bool wanted, const OptionalTensor& like) {
   return wanted ? at::empty_symint(like->sym_sizes(), like->options()) : at::Tensor();
+}
+
+// A step that writes its state in place has no gradient. Arguments: (name, tensor).
+inline void refuse_gradients(const char* op,
+                             std::initializer_list<std::pair<const char*, OptionalTensor>> arguments) {
+  for (const auto& [name, t] : arguments) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::compute_requires_grad(t), op, ": ", name,
+                                " requires a gradient, expected none: the step writes its state in place, "
+                                "call it under torch.no_grad()");
+  }
+}
+
+// Calls the kernel of a step that overwrites `state`. The new version tells autograd of other ops that have
+// saved the state.
+template <class Step>
+at::Tensor step_in_place(const at::Tensor& state, const Step& step) {
+  const at::Tensor y = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return step();
+  }();
+  torch::autograd::impl::bump_version(state);
+  return y;
 }
 
 }  // namespace spade_ext

@@ -3,7 +3,6 @@
 #include <ATen/ops/empty.h>
 #include <spade_ext/diagonal/diagonal.h>
 #include <spade_ext/diagonal/diagonal_shapes.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -172,26 +171,15 @@ ScanOutputs scan_autograd(const at::Tensor& u, const at::Tensor& w, const at::Te
 
 at::Tensor step_autograd(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                          const OptionalTensor& log_dt, const at::Tensor& state, OptionalString disc) {
-  const auto refuse_gradient = [](const char* name, const OptionalTensor& t) {
-    TORCH_CHECK(!torch::autograd::compute_requires_grad(t), "diagonal_step: ", name,
-                " requires a gradient, expected none or torch.no_grad(): the state is overwritten");
-  };
-  refuse_gradient("u", u), refuse_gradient("w", w), refuse_gradient("b", b), refuse_gradient("c", c);
-  refuse_gradient("log_dt", log_dt), refuse_gradient("state", state);
+  refuse_gradients("diagonal_step",
+                   {{"u", u}, {"w", w}, {"b", b}, {"c", c}, {"log_dt", log_dt}, {"state", state}});
   at::AutoDispatchBelowAutograd guard;
   return diagonal_step(u, w, b, c, log_dt, state, disc);
 }
 
-// The new version tells autograd of other ops that have saved the state.
 at::Tensor step_inplace(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                         const OptionalTensor& log_dt, const at::Tensor& state, OptionalString disc) {
-  at::Tensor y;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    y = diagonal_step(u, w, b, c, log_dt, state, disc);
-  }
-  torch::autograd::increment_version(state);
-  return y;
+  return step_in_place(state, [&] { return diagonal_step(u, w, b, c, log_dt, state, disc); });
 }
 
 // Half-precision state space parameters diverge: autocast runs the ops in float32.

@@ -1,10 +1,11 @@
-// What the family's CPU kernels share: parameters in float64, and the N numbers of a channel side by side.
+// What the family's CPU kernels share: the state matrix, and the N numbers of a channel side by side.
 #pragma once
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <spade_ext/core/parallel.h>
+#include <spade_ext/core/values.h>
 #include <spade_ext/diagonal/diagonal_shapes.h>
 
 #include <algorithm>
@@ -22,24 +23,6 @@ inline double imag(double) { return 0; }
 inline double imag(std::complex<double> x) { return x.imag(); }
 inline double conj(double x) { return x; }
 
-// A tensor in float64; T is double or complex<double>, stored as real pairs.
-template <class T>
-struct Values {
-  at::Tensor tensor;
-  T* data;
-
-  explicit Values(at::Tensor t)
-      : tensor(std::move(t)), data(reinterpret_cast<T*>(tensor.data_ptr<double>())) {}
-  static Values of(const at::Tensor& t) { return Values(t.to(at::kDouble).contiguous()); }
-  static Values zeros_like(const at::Tensor& t) {
-    return Values(at::zeros(t.sizes(), t.options().dtype(at::kDouble)));
-  }
-  // Zeros (rows, N), as pairs where T is complex.
-  static Values zeros(int64_t rows, int64_t N) {
-    return Values(at::zeros({rows, N, int64_t(sizeof(T) / sizeof(double))}, at::kDouble));
-  }
-};
-
 // The state matrix of all channels.
 template <class T>
 struct System {
@@ -52,8 +35,8 @@ struct System {
 
   System(const at::Tensor& w_, const OptionalTensor& log_dt_, Disc disc_, double rate_ = 1,
          int64_t length_ = 0)
-      : S(w_.size(0)), N(w_.size(1)), w(Values<T>::of(w_)), disc(disc_), rate(rate_), length(length_) {
-    if (is_given(log_dt_)) log_dt = Values<double>::of(*log_dt_);
+      : S(w_.size(0)), N(w_.size(1)), w(w_), disc(disc_), rate(rate_), length(length_) {
+    if (is_given(log_dt_)) log_dt.emplace(*log_dt_);
   }
 
   double dt(int64_t h) const { return log_dt ? std::exp(log_dt->data[h]) * rate : 1.0; }
@@ -62,7 +45,7 @@ struct System {
   }
   // From a row for each of H channels, (H, N): row s is the sum of rows h with h mod S = s, in order.
   at::Tensor sum_over_channels(const Values<T>& rows, int64_t H) const {
-    Values<T> sum = Values<T>::zeros_like(w.tensor);
+    Values<T> sum(at::zeros(w.tensor.sizes(), at::kDouble));
     for (int64_t h = 0; h < H; ++h) {
       for (int64_t n = 0; n < N; ++n) sum.data[(h % S) * N + n] += rows.data[h * N + n];
     }
@@ -93,6 +76,7 @@ struct Lanes {
       return {re[n], im[n]};
   }
   void copy(const Lanes& other) { std::copy_n(other.re, 2 * N, re); }
+  void flush() { spade_ext::flush(re, 2 * N); }
 };
 
 template <class T>
@@ -159,17 +143,6 @@ void add_product(Lanes<T>& total, const Lanes<T>& a, const Lanes<T>& z) {
     }
   }
 }
-
-// What has decayed to nothing is set to 0 before it becomes denormal, which is slow.
-template <class T>
-void flush(Lanes<T>& z) {
-  constexpr double kNothing = 1e-200;
-  for (int64_t n = 0; n < z.N; ++n) {
-    if (std::abs(z.re[n]) < kNothing) z.re[n] = 0;
-    if (std::abs(z.im[n]) < kNothing) z.im[n] = 0;
-  }
-}
-constexpr int64_t kFlushEvery = 64;
 
 // Calls body<T, scalar_t>() for the parameters' kind and dtype.
 template <class Body>

@@ -19,7 +19,7 @@ struct KernelProblem : System<T> {
         C(c_.size(0)),
         H(c_.size(1)),
         L(length),
-        c(Values<T>::of(c_)),
+        c(c_),
         factor(std::is_same_v<T, double> || this->disc == Disc::dss ? 1.0 : 2.0) {}
 };
 
@@ -32,7 +32,7 @@ void kernel_row(const KernelProblem<T>& p, int64_t c, int64_t h, scalar_t* k) {
     z.set(n, d.scale * p.c.data[(c * p.H + h) * p.N + n]);
   }
   for (int64_t l = 0; l < p.L; ++l) {
-    if (l % kFlushEvery == 0) flush(z);
+    if (l % kFlushEvery == 0) z.flush();
     k[l] = static_cast<scalar_t>(p.factor * sum(z));
     multiply(z, abar);
   }
@@ -53,7 +53,7 @@ std::vector<PowerSums<T>> power_sums(const KernelProblem<T>& p, int64_t h, const
   for (int64_t c = 0; c < p.C; ++c) sums.emplace_back(p.N);
 
   for (int64_t l = 0; l < p.L; ++l) {
-    if (l % kFlushEvery == 0) flush(power);
+    if (l % kFlushEvery == 0) power.flush();
     for (int64_t c = 0; c < p.C; ++c) {
       const scalar_t* g = grad_k + (c * p.H + h) * p.L;
       add_scaled(sums[c].P, double(g[l]), power);

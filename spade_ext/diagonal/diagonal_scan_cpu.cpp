@@ -22,8 +22,8 @@ struct ScanProblem : System<T> {
         C(c_.size(0)),
         H(u.size(1)),
         L(u.size(2)),
-        b(Values<T>::of(b_)),
-        c(Values<T>::of(c_)) {}
+        b(b_),
+        c(c_) {}
 
   // A complex state stands for itself and its conjugate.
   static constexpr double factor = std::is_same_v<T, double> ? 1.0 : 2.0;
@@ -79,7 +79,7 @@ void scan_channel(const ScanProblem<T>& p, int64_t h, at::TensorAccessor<const s
     T* const row = state + (b * p.H + h) * p.N;
     load(x, row);
     for (int64_t t = 0; t < p.L; ++t) {
-      if (t % kBlock == 0) flush(x);
+      if (t % kBlock == 0) x.flush();
       channel.advance(x, u[b][h][t]);
       for (int64_t c = 0; c < p.C; ++c) y[b][c][h][t] = static_cast<scalar_t>(dot(channel.c[c], x));
     }
@@ -96,7 +96,7 @@ std::vector<Lanes<T>> block_starts(const Channel<T>& channel, const T* state,
   std::vector<Lanes<T>> starts;
   for (int64_t t = 0; t < u.size(0); ++t) {
     if (t % kBlock == 0) {
-      flush(x);
+      x.flush();
       starts.emplace_back(x.N).copy(x);
     }
     channel.advance(x, u[t]);
@@ -140,7 +140,7 @@ ChannelSums<T> backward_sweep(const ScanProblem<T>& p, int64_t h,
         x[i + 1].copy(x[i]);
         channel.advance(x[i + 1], u[b][h][begin + i]);
       }
-      flush(lambda);
+      lambda.flush();
       for (int64_t i = size - 1; i >= 0; --i) {
         const int64_t t = begin + i;
         for (int64_t c = 0; c < p.C; ++c) {
@@ -169,7 +169,7 @@ struct ParameterGradients {
   explicit ParameterGradients(const ScanProblem<T>& p)
       : w(Values<T>::zeros(p.H, p.N)),
         b(Values<T>::zeros(p.H, p.N)),
-        c(Values<T>::zeros_like(p.c.tensor)),
+        c(at::zeros(p.c.tensor.sizes(), at::kDouble)),
         log_dt(at::zeros({p.H}, at::kDouble)) {}
 
   // The complex derivative of a real function is stored conjugated, as autograd does.

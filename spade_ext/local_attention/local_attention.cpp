@@ -149,7 +149,10 @@ std::pair<OptionalTensor, Options> with_band(const Tensors& t, at::OptionalIntAr
     if (is_given(bias)) bias = bias->slice_symint(1, 0, left + right + 1);
   }
   if (!scale && check_activation(activation) == Activation::softmax) {
-    scale = 1.0 / std::sqrt(double(t.q.sym_size(3).guard_int(__FILE__, __LINE__)));
+    const int64_t D = t.q.sym_size(3).guard_int(__FILE__, __LINE__);
+    TORCH_CHECK_VALUE(D > 0, kOp, ": scale is None with q of shape ", shape_text(t.q),
+                      ", expected a number where D is 0");
+    scale = 1.0 / std::sqrt(double(D));
   }
   return {bias, {left, right, chunk_size, scale, activation, dropout_p}};
 }

@@ -50,8 +50,8 @@ void for_each_tile(const Ranges& ranges, int64_t b, Range block, const Body& bod
   }
 }
 
-// Turns the scores of a query's keys into weights. Returns the log-sum-exp of the scores, 0 where the weights
-// are not normalised.
+// Turns the scores of a query's keys into weights. Returns the log-sum-exp of the scores, +inf where all are
+// -inf, as if there were no key, and 0 where the weights are not normalised.
 template <class acc_t>
 acc_t activate(Activation activation, acc_t* x, int64_t n) {
   if (activation == Activation::relu2) {
@@ -62,9 +62,14 @@ acc_t activate(Activation activation, acc_t* x, int64_t n) {
     for (int64_t j = 0; j < n; ++j) x[j] = local_attention_math::laplace(x[j]).value;
     return 0;
   }
-  acc_t largest = -std::numeric_limits<acc_t>::infinity(), total = 0;
+  constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
+  acc_t largest = -kInfinity, total = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t j = 0; j < n; ++j) largest = std::max(largest, x[j]);
+  if (largest == -kInfinity && std::count(x, x + n, -kInfinity) == n) {  // the maximum passes over a NaN
+    std::fill_n(x, n, acc_t(0));
+    return kInfinity;
+  }
   for (int64_t j = 0; j < n; ++j) x[j] -= largest;
   exp(x, n);
 #pragma omp simd reduction(+ : total)
@@ -93,8 +98,8 @@ void activate_backward(Activation activation, acc_t* x, acc_t* grad, int64_t n, 
 }
 
 // Turns a row of products q . k with the keys of `all` into the dropped weights of query i, 0 where it does
-// not see. Returns the log-sum-exp of its scores, +inf where it sees no key, and 0 where weights are not
-// normalised.
+// not see. Returns the log-sum-exp of its scores, +inf where it sees no key or all are -inf, and 0 where
+// weights are not normalised.
 template <class scalar_t, class acc_t = at::opmath_type<scalar_t>>
 acc_t weights_row(const Problem<scalar_t>& problem, int64_t b, int64_t h, int64_t i, Range all, acc_t* row) {
   const Range keys = problem.band.keys.of(b, i);

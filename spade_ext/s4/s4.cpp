@@ -5,7 +5,6 @@
 #include <spade_ext/s4/s4.h>
 #include <spade_ext/s4/s4_shapes.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 namespace spade_ext {
@@ -102,22 +101,15 @@ at::Tensor kernel_autograd(const at::Tensor& w, const at::Tensor& p, const at::T
 
 at::Tensor step_autograd(const at::Tensor& u, const at::Tensor& w, const at::Tensor& p, const at::Tensor& b,
                          const at::Tensor& c, const at::Tensor& log_dt, const at::Tensor& state) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::compute_requires_grad(u, w, p, b, c, log_dt, state),
-                              "s4_step: an argument requires grad, expected none: it updates the state in "
-                              "place, call it under torch.no_grad()");
+  refuse_gradients("s4_step",
+                   {{"u", u}, {"w", w}, {"p", p}, {"b", b}, {"c", c}, {"log_dt", log_dt}, {"state", state}});
   at::AutoDispatchBelowAutograd guard;
   return s4_step(u, w, p, b, c, log_dt, state);
 }
 
-// What was saved of the state must be seen to have changed.
 at::Tensor step_inplace(const at::Tensor& u, const at::Tensor& w, const at::Tensor& p, const at::Tensor& b,
                         const at::Tensor& c, const at::Tensor& log_dt, const at::Tensor& state) {
-  auto y = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return s4_step(u, w, p, b, c, log_dt, state);
-  }();
-  torch::autograd::impl::bump_version(state);
-  return y;
+  return step_in_place(state, [&] { return s4_step(u, w, p, b, c, log_dt, state); });
 }
 
 // Half-precision state space parameters diverge: autocast runs the ops in float32.

@@ -15,7 +15,7 @@ namespace spade_ext::s4_cpu {
 
 struct Problem {
   Complexes w, p, b, c;
-  at::Tensor log_dt;
+  Values<double> log_dt;
   double rate;
   int64_t S, R, N, M, C, H, L;
   int64_t truncation, extended;  // of c as it was given, and as `length` taps need it
@@ -23,7 +23,7 @@ struct Problem {
 
   Problem(const at::Tensor& w_, const at::Tensor& p_, const at::Tensor& b_, const at::Tensor& c_,
           const at::Tensor& log_dt_, int64_t length, int64_t truncation_, double rate_)
-      : w(w_), p(p_), b(b_), c(c_), log_dt(log_dt_.to(at::kDouble).contiguous()), rate(rate_) {
+      : w(w_), p(p_), b(b_), c(c_), log_dt(log_dt_), rate(rate_) {
     S = w_.size(0), R = p_.size(0), N = w_.size(1), M = b_.size(0), C = c_.size(0), H = c_.size(1);
     L = length, truncation = extended = truncation_;
     auto count = [&] { return std::llrint(double(extended) / rate); };
@@ -33,7 +33,7 @@ struct Problem {
 
   int64_t bins() const { return nodes / 2 + 1; }
   // dt/2 at rate 1, to which c belongs
-  double natural_delta(int64_t h) const { return 0.5 * std::exp(log_dt.const_data_ptr<double>()[h]); }
+  double natural_delta(int64_t h) const { return 0.5 * std::exp(log_dt.data[h]); }
   const complex* b_row(int64_t m, int64_t s) const { return b.data + (m * S + s) * N; }
   const complex* c_row(int64_t i, int64_t h) const { return c.data + (i * H + h) * N; }
   // What an entry of the spectrum weighs in the inverse transform: it stands for its conjugate too.
@@ -307,13 +307,12 @@ void backward_channel(const Problem& problem, int64_t h, const complex* spectrum
 // rows (X, H, N) to pairs (X, S, N, 2), each the sum over its channels in order, conjugated as autograd
 // stores the derivative by a complex number.
 at::Tensor pairs(const Vector& rows, int64_t X, int64_t H, int64_t S, int64_t N) {
-  auto result = at::zeros({X, S, N, 2}, at::kDouble);
-  auto* data = reinterpret_cast<complex*>(result.data_ptr<double>());
+  const Complexes result(at::zeros({X, S, N, 2}, at::kDouble));
   for (int64_t row = 0; row < X * H; ++row) {
-    complex* target = data + (row / H * S + row % H % S) * N;
+    complex* target = result.data + (row / H * S + row % H % S) * N;
     for (int64_t n = 0; n < N; ++n) target[n] += std::conj(rows[row * N + n]);
   }
-  return result;
+  return result.tensor;
 }
 
 at::Tensor s4_kernel(const at::Tensor& w, const at::Tensor& p, const at::Tensor& b, const at::Tensor& c,

@@ -51,6 +51,10 @@ inline void check_kernel(const at::Tensor& w, const at::Tensor& p, const at::Ten
                     ", expected 1 or more");
   TORCH_CHECK_VALUE(rate >= 1e-6 && rate <= 1e6, op, ": rate is ", rate,
                     ", expected a positive number from 1e-6 to 1e6");
+  constexpr int64_t kMostRoots = int64_t(1) << 31;
+  TORCH_CHECK_VALUE(nodes.sym_le(int64_t(double(kMostRoots) * rate)).expect_true(__FILE__, __LINE__), op,
+                    ": rate is ", rate, " with nodes ", nodes, ", expected nodes / rate of at most ",
+                    kMostRoots);
 }
 
 inline void check_kernel_backward(const at::Tensor& grad_k, const at::Tensor& w, const at::Tensor& p,

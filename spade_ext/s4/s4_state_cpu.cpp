@@ -13,42 +13,41 @@ at::Tensor s4_state(const at::Tensor& u, const at::Tensor& w_, const at::Tensor&
                     const at::Tensor& log_dt_, const OptionalTensor& state) {
   s4_shapes::check_state(u, w_, p_, b_, log_dt_, state);
   const Complexes w(w_), p(p_), b(b_);
-  const auto log_dt = log_dt_.to(at::kDouble).contiguous();
+  const Values<double> log_dt(log_dt_);
   const int64_t B = u.size(0), H = u.size(1), L = u.size(2), S = w_.size(0), N = w_.size(1);
-  auto result = is_given(state) ? state->to(at::kDouble).contiguous().clone()
-                                : at::zeros({B, H, N, 2}, w_.options().dtype(at::kDouble));
-  auto* states = reinterpret_cast<complex*>(result.data_ptr<double>());
+  const Complexes states(is_given(state) ? state->to(at::kDouble).contiguous().clone()
+                                         : at::zeros({B, H, N, 2}, at::kDouble));
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "s4_state", [&] {
     const scalar_t* inputs = u.const_data_ptr<scalar_t>();
     parallel_for_each(B * H, [&](int64_t row) {
       const int64_t batch = row / H, h = row % H, s = h % S;
-      BilinearStep system(StateMatrix(w, p, s), 0.5 * std::exp(log_dt.const_data_ptr<double>()[h]));
+      BilinearStep system(StateMatrix(w, p, s), 0.5 * std::exp(log_dt.data[h]));
       const scalar_t* input = inputs + batch * u.stride(0) + h * u.stride(1);
-      complex* x = states + row * N;
+      complex* x = states.data + row * N;
       for (int64_t l = 0; l < L; ++l) {
         if (l % kFlushEvery == 0) flush(x, N);
         system.step(x, b.data + s * N, double(input[l * u.stride(2)]));
       }
     });
   });
-  return result.to(w_.scalar_type());
+  return states.tensor.to(w_.scalar_type());
 }
 
 at::Tensor s4_step(const at::Tensor& u, const at::Tensor& w_, const at::Tensor& p_, const at::Tensor& b_,
                    const at::Tensor& c_, const at::Tensor& log_dt_, const at::Tensor& state) {
   s4_shapes::check_step(u, w_, p_, b_, c_, log_dt_, state);
   const Complexes w(w_), p(p_), b(b_), c(c_), x(state);
-  const auto log_dt = log_dt_.to(at::kDouble).contiguous(), input = u.to(at::kDouble).contiguous();
+  const Values<double> log_dt(log_dt_), input(u);
   const int64_t B = u.size(0), H = u.size(1), S = w_.size(0), N = w_.size(1), C = c_.size(0);
   auto y = at::empty({B, C, H}, u.options().dtype(at::kDouble));
   double* outputs = y.data_ptr<double>();
   parallel_for_each(H, [&](int64_t h) {
     const int64_t s = h % S;
-    BilinearStep system(StateMatrix(w, p, s), 0.5 * std::exp(log_dt.const_data_ptr<double>()[h]));
+    BilinearStep system(StateMatrix(w, p, s), 0.5 * std::exp(log_dt.data[h]));
     for (int64_t row = 0; row < B; ++row) {
       complex* values = x.data + (row * H + h) * N;
       flush(values, N);
-      system.step(values, b.data + s * N, input.const_data_ptr<double>()[row * H + h]);
+      system.step(values, b.data + s * N, input.data[row * H + h]);
       for (int64_t i = 0; i < C; ++i) {
         const complex* weights = c.data + (i * H + h) * N;
         double sum = 0;

@@ -3,7 +3,7 @@
 // number.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <spade_ext/core/values.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,15 +15,7 @@ namespace spade_ext::s4_cpu {
 
 using complex = std::complex<double>;
 using Vector = std::vector<complex>;
-
-// A parameter of real pairs in float64.
-struct Complexes {
-  at::Tensor tensor;
-  complex* data;
-
-  explicit Complexes(const at::Tensor& t)
-      : tensor(t.to(at::kDouble).contiguous()), data(reinterpret_cast<complex*>(tensor.data_ptr<double>())) {}
-};
+using Complexes = Values<complex>;  // a parameter of real pairs
 
 // x <- a^-1 x for a (n, n) and x (n, columns), both overwritten: Gauss-Jordan elimination with pivots that
 // are largest relative to their row. Where dependent rows of p leave a pivot that is a rounding error, it
@@ -54,17 +46,6 @@ void solve(int64_t n, T* a, T* x, int64_t columns) {
   }
   for (int64_t k = 0; k < n; ++k) {
     for (int64_t j = 0; j < columns; ++j) x[k * columns + j] /= a[k * n + k];
-  }
-}
-
-// Numbers that have decayed to nothing are set to 0 before they become denormal, which is slow.
-constexpr int64_t kFlushEvery = 64;
-
-inline void flush(complex* x, int64_t N) {
-  constexpr double kNothing = 1e-200;
-  double* parts = reinterpret_cast<double*>(x);
-  for (int64_t i = 0; i < 2 * N; ++i) {
-    if (std::abs(parts[i]) < kNothing) parts[i] = 0;
   }
 }
 

@@ -387,6 +387,37 @@ def test_query_without_keys_gives_zero(hidden, options, dtype):
     assert all(value.isfinite().all() for value in (y, grad_q, *other_gradients))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{}, {"attention_mask": padding((0, 9), (2, 7), length=9)}, dropout()])
+def test_query_whose_scores_are_all_minus_infinity_gives_zero(options, dtype):
+    sample = local_attention_sample("", window=(3, 2), bias=True, **options)
+    with torch.no_grad():
+        sample.args[3][0] = -torch.inf  # head 0: every query; head 1: the last, which has nothing ahead
+        sample.args[3][1, :4] = -torch.inf
+    check_against_reference(local_attention, local_attention_ref, sample, dtype)
+    y, grad_q, *_, grad_bias = run(local_attention, sample.to(dtype))
+    for value in (y, grad_q):
+        assert (value[:, :, 0] == 0).all() and (value[:, -1] == 0).all()
+    assert (grad_bias[0] == 0).all()
+
+
+def test_query_of_nan_gives_nan():
+    sample = local_attention_sample("", window=(3, 2))
+    with torch.no_grad():
+        sample.args[0][0, 4] = torch.nan
+    hidden = local_attention(*sample.args, **sample.kwargs).isnan()
+    assert hidden[0, 4].all() and hidden.sum() == hidden[0, 4].sum()
+
+
+def test_no_width_needs_a_scale():
+    check_against_reference(
+        local_attention,
+        local_attention_ref,
+        local_attention_sample("", D=0, Dv=3, window=(3, 2), bias=True, scale=1.0),
+        torch.float64,
+    )
+
+
 def test_key_that_is_not_seen_gets_no_gradient():
     sample = BY_NAME["padding"]
     _, _, grad_k, grad_v, _ = run(local_attention, sample)
@@ -617,6 +648,11 @@ ERRORS = [
     ),
     (TypeError, {"segment_ids": torch.ones(2, 7)}, r"segment_ids is Float, expected integers"),
     (TypeError, {"segment_ids": torch.ones(2, 7).bool()}, r"segment_ids is Bool, expected integers"),
+    (
+        ValueError,
+        {"q": randn(2, 9, 4, 0), "k": randn(2, 7, 2, 0)},
+        r"scale is None with q of shape \[2, 9, 4, 0\], expected a number where D is 0",
+    ),
     (ValueError, {"activation": "gelu"}, r"activation is gelu, expected softmax, relu2 or laplace"),
     (ValueError, {"activation": "relu2"}, r"activation is relu2 with window \[3, 2\], expected a chunk or a full row"),
     (

@@ -33,7 +33,7 @@ def test_matches_reference(sample, dtype):
     check_against_reference(long_conv, long_conv_ref, sample, dtype)
 
 
-@settings(max_examples=50, derandomize=True, deadline=None)
+@settings(max_examples=300, derandomize=True, deadline=None)
 @given(
     B=st.integers(0, 10),
     C=st.integers(0, 3),

@@ -319,12 +319,12 @@ def test_state_that_autograd_has_saved_is_not_overwritten_unseen():
         loss.backward()
 
 
-@pytest.mark.parametrize("index", range(7))
-def test_step_refuses_gradients(index):
+@pytest.mark.parametrize(("index", "name"), list(enumerate(("u", "w", "p", "b", "c", "log_dt", "state"))))
+def test_step_refuses_gradients(index, name):
     args = list(s4_step_sample("").args)
     args[index].requires_grad_()
     before = args[-1].detach().clone()
-    with pytest.raises(NotImplementedError, match="^s4_step: an argument requires grad, expected none"):
+    with pytest.raises(NotImplementedError, match=f"^s4_step: {name} requires a gradient, expected none:"):
         s4_step(*args)
     assert torch.equal(args[-1], before)
     with torch.no_grad():
@@ -510,6 +510,14 @@ KERNEL_ERRORS = [
     *(
         (ValueError, {"rate": rate}, rf"rate is {text}, expected a positive number from 1e-6 to 1e6")
         for rate, text in ((0.0, "0"), (-1.0, "-1"), (math.inf, "inf"), (math.nan, "-?nan"), (1e300, r"1e\+300"))
+    ),
+    *(
+        (ValueError, change, rf"rate is {text}, expected nodes / rate of at most 2147483648")
+        for change, text in (
+            ({"rate": 1e-6, "nodes": 2148}, "1e-06 with nodes 2148"),
+            ({"nodes": 2**31 + 1}, "1 with nodes 2147483649"),
+            ({"rate": 0.5, "nodes": 2**63 - 1}, "0.5 with nodes 9223372036854775807"),
+        )
     ),
 ]
 STATE_ERRORS = [

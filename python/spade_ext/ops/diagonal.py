@@ -141,7 +141,7 @@ def diagonal_step(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit, named in one sentence.
-        RuntimeError: an argument requires a gradient.
+        NotImplementedError: an argument requires a gradient while gradients are recorded.
     """
     return torch.ops.spade_ext.diagonal_step(u, w, b, c, log_dt, state, disc)
 

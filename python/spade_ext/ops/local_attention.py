@@ -31,7 +31,7 @@ def local_attention(
     with chunks of c keys when floor((j - o) / c) = floor((p(i) - o) / c), o the first real token of the row, or of the
     query's segment. Weights are the softmax of ``scale * q . k + bias[h, ...]``, or ``relu2`` or ``laplace`` of
     ``q . k / n + bias[h, ...]`` without normalisation, n the number of keys that the query sees (at least 1).
-    A query that sees no key gives exactly 0.
+    A query that sees no key, or only scores of -inf, gives exactly 0 and gets no gradient.
 
     Args:
         q: (B, Lq, H, D), float64, float32, float16 or bfloat16, any strides (rows are copied unless contiguous).
@@ -46,7 +46,7 @@ def local_attention(
         segment_ids: (B, Lk), integers, of packed documents. A segment is a run of equal ids (padding included: an id
             that comes again later is another segment). A query sees and reads only its own, that of position p(i);
             it sees nothing where p(i) < 0.
-        scale: 1 / sqrt(D) unless given; softmax only.
+        scale: 1 / sqrt(D) unless given, which D = 0 needs; softmax only.
         activation: "softmax"; or, not with a window, "relu2", max(s, 0)^2, or "laplace",
             (1 + erf((s - 0.707107) / (0.282095 sqrt 2))) / 2.
         dropout_p: weights become weight * keep / (1 - dropout_p), 0 <= dropout_p < 1.
@@ -136,6 +136,7 @@ def local_attention_ref(
         scores = products / seen.sum(-1, keepdim=True).clamp(min=1)
     if bias is not None:
         scores = scores + bias[:, (left + key - position).clamp(0, bias.size(1) - 1)]
+    seen = seen & (scores != -torch.inf)
     if activation == "softmax":
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     elif activation == "relu2":

@@ -23,8 +23,9 @@ def s4_kernel(
         log_dt: (H,), natural logarithm of the step.
         length: number of taps.
         nodes: the truncation that c has been given, in tokens.
-        rate: the step's factor, a change of sampling rate, from 1e-6 to 1e6. c belongs to rate 1: at another rate the
-            kernel is the published approximation, of round(nodes / rate) nodes.
+        rate: the step's factor, a change of sampling rate, from 1e-6 to 1e6, with nodes / rate at most 2^31. c belongs
+            to rate 1. Another rate is the published approximation, with round(nodes / rate) for nodes, and depends on
+            nodes and length: taps of a longer kernel, for which c is extended, differ from those of a shorter one.
 
     Returns:
         (M, C, H, length), contiguous. float32 or float64 as w; the arithmetic is float64 either way.
@@ -104,7 +105,7 @@ def s4_step(u: Tensor, w: Tensor, p: Tensor, b: Tensor, c: Tensor, log_dt: Tenso
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit, named in one sentence.
-        NotImplementedError: an argument requires grad while gradients are recorded.
+        NotImplementedError: an argument requires a gradient while gradients are recorded.
 
     Source: Gu et al., S4 (arXiv 2111.00396), section 3.
     """
