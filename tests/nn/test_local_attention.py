@@ -1,8 +1,12 @@
+import re
+
 import pytest
 import torch
 
 from spade_ext import nn
-from spade_ext.nn.position import relative_position_buckets
+from spade_ext.convert import from_reference, load_reference
+
+from ..reference import below
 
 
 @pytest.mark.parametrize(
@@ -16,19 +20,15 @@ from spade_ext.nn.position import relative_position_buckets
 def test_layer_is_the_published_one(name, load_golden):
     tensors, config = load_golden(name)
     radius = config["local_radius"]
-    has_bias = "state.relative_attention_bias.weight" in tensors
     layer = nn.LocalAttention(
         config["d_model"],
         config["heads"],
         window=(radius, 0 if config["causal"] else radius),
-        position="t5" if has_bias else None,
+        position="t5" if "state.relative_attention_bias.weight" in tensors else None,
         num_buckets=config["num_buckets"],
         max_distance=config["max_distance"],
     ).double()
-    names = {f"{letter}.weight": f"{letter}.weight" for letter in "qkvo"}
-    if has_bias:
-        names["position.weight"] = "relative_attention_bias.weight"
-    layer.load_state_dict({ours: tensors[f"state.{theirs}"] for ours, theirs in names.items()})
+    load_reference(layer, below(tensors, "state."))
 
     keep = tensors["keep"]  # (B, L)
     x = tensors["x"].transpose(0, 1).requires_grad_()
@@ -36,40 +36,61 @@ def test_layer_is_the_published_one(name, load_golden):
     y.backward(tensors["g"].transpose(0, 1) * keep[..., None])
     torch.testing.assert_close(y[keep], tensors["y"].transpose(0, 1)[keep], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(x.grad, tensors["grad_x"].transpose(0, 1), rtol=1e-9, atol=1e-9)
-    for ours, theirs in names.items():
-        grad = layer.get_parameter(ours).grad
-        torch.testing.assert_close(grad, tensors[f"grad.{theirs}"], rtol=1e-9, atol=1e-9)
+    for ours, gradient in from_reference(layer, below(tensors, "grad.")).items():
+        torch.testing.assert_close(layer.get_parameter(ours).grad, gradient, rtol=1e-9, atol=1e-9)
 
 
-def test_buckets_are_exact_when_near_and_shared_when_far():
-    offsets = torch.tensor([0, -1, -7, -8, -16, -127, -128, -5000, 1, 7, 8, 128, 5000])
-    buckets = relative_position_buckets(offsets, bidirectional=True, num_buckets=32, max_distance=128)
-    assert buckets.tolist() == [0, 1, 7, 8, 10, 15, 15, 15, 17, 23, 24, 31, 31]
-    one_sided = relative_position_buckets(offsets, bidirectional=False, num_buckets=32, max_distance=128)
-    assert one_sided.tolist() == [0, 1, 7, 8, 16, 31, 31, 31, 0, 0, 0, 0, 0]
+POSITIONS = ["t5", "alibi", "simple", "rotary", None]
 
 
-@pytest.mark.parametrize("window", [(3, 0), (3, 2), (0, 0), (300, 200)])
-def test_position_bias_table_has_an_entry_an_offset(window):
-    position = nn.RelativePositionBias(2)
-    left, right = window
-    table = position(left, right)
-    assert table.shape == (2, left + right + 1)
-    buckets = relative_position_buckets(
-        torch.arange(-left, right + 1), bidirectional=right > 0, num_buckets=32, max_distance=128
-    )
-    assert torch.equal(table, position.weight[buckets].T)
+def left_and_right_padded(x):
+    """x (B, L, D) behind and in front of 4 tokens of NaN, with the attention masks."""
+    B, L, D = x.shape
+    garbage = torch.full((B, 4, D), torch.nan, dtype=x.dtype)
+    mask = torch.tensor([[0] * 4 + [1] * L] * B)
+    return (torch.cat([garbage, x], 1), mask), (torch.cat([x, garbage], 1), mask.flip(1))
 
 
 @pytest.mark.parametrize("window", [(3, 0), (2, 4)])
-def test_padding_is_invisible(window):
-    layer = nn.LocalAttention(8, 2, window=window).double()
+@pytest.mark.parametrize("position", POSITIONS)
+def test_padding_is_invisible(window, position):
+    layer = nn.LocalAttention(8, 2, window=window, position=position).double()
     x = torch.randn(2, 9, 8, dtype=torch.float64)
-    alone = layer(x)
-    garbage = torch.full((2, 4, 8), torch.nan, dtype=torch.float64)
-    mask = torch.tensor([[1] * 9 + [0] * 4] * 2)
-    torch.testing.assert_close(layer(torch.cat([x, garbage], 1), mask)[:, :9], alone)
-    torch.testing.assert_close(layer(torch.cat([garbage, x], 1), mask.flip(1))[:, 4:], alone)
+    left, right = left_and_right_padded(x)
+    torch.testing.assert_close(layer(*left)[:, 4:], layer(x))
+    torch.testing.assert_close(layer(*right)[:, :9], layer(x))
+
+
+@pytest.mark.parametrize("window", [(3, 0), (2, 4)])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_packed_documents_are_alone(window, position):
+    layer = nn.LocalAttention(8, 2, window=window, position=position).double()
+    documents = [torch.randn(1, length, 8, dtype=torch.float64) for length in (5, 1, 7)]
+    segment_ids = torch.tensor([[0] * 5 + [1] + [2] * 7])
+    packed = layer(torch.cat(documents, 1), segment_ids=segment_ids)
+    torch.testing.assert_close(packed, torch.cat([layer(x) for x in documents], 1))
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_layer_is_dense_attention_with_the_table_as_its_bias(position):
+    layer = nn.LocalAttention(8, 2, window=(3, 2), position=position).double()
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    q, k, v = (linear(x).unflatten(-1, (2, 4)).transpose(1, 2) for linear in (layer.q, layer.k, layer.v))
+    offset = torch.arange(7) - torch.arange(7)[:, None]
+    bias = torch.zeros(2, 7, 7, dtype=torch.float64)
+    if position is not None:
+        bias = layer.position(3, 2)[:, (3 + offset).clamp(0, 5)]
+    bias = bias.masked_fill((offset < -3) | (offset > 2), -torch.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    torch.testing.assert_close(layer(x), layer.o(expected.transpose(1, 2).flatten(-2)))
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_compiles_without_graph_breaks(position):
+    layer = nn.LocalAttention(8, 2, window=(3, 2), position=position).double()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_a_token_reaches_exactly_its_window():
@@ -97,11 +118,13 @@ def test_half_precision_module():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"d_model": 0}, r"d_model is 0, expected at least 1"),
         ({"n_heads": 3}, r"n_heads is 3, expected a divisor of d_model = 8"),
         ({"window": (1,)}, r"window is \(1,\), expected \(left, right\), both ints of 0 or more"),
         ({"window": (-1, 0)}, r"window is \(-1, 0\), expected \(left, right\), both ints of 0 or more"),
         ({"window": (1.5, 0)}, r"window is \(1.5, 0\), expected \(left, right\), both ints of 0 or more"),
-        ({"position": "rope"}, r"position is 'rope', expected 't5' or None"),
+        ({"position": "rope"}, r"position is 'rope', expected 't5', 'alibi', 'simple', 'rotary' or None"),
+        ({"d_model": 6, "position": "rotary"}, r"dim is 3, expected an even number of at least 2"),
         ({"num_buckets": 5}, r"num_buckets is 5, expected an even number of at least 4"),
         ({"max_distance": 16}, r"max_distance is 16, expected at least num_buckets = 32"),
     ],
@@ -109,3 +132,19 @@ def test_half_precision_module():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         nn.LocalAttention(**{"d_model": 8, "n_heads": 2, "window": (2, 2), **options})
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 7), (2, 5, 2, 8)], ids=str)
+def test_errors_of_an_input(shape):
+    layer = nn.LocalAttention(8, 2, window=(2, 2))
+    with pytest.raises(ValueError, match=rf"^x has shape {re.escape(str(list(shape)))}, expected \(B, L, 8\)$"):
+        layer(torch.zeros(shape))
+
+
+def test_initial_weights_are_xavier_uniform():
+    """Between -bound and bound = gain sqrt(6 / 2 D), of standard deviation bound / sqrt(3)."""
+    layer = nn.LocalAttention(256, 4, window=(2, 2))
+    for name, gain in {"q": 2**-0.5, "k": 2**-0.5, "v": 2**-0.5, "o": 1}.items():
+        weight, bound = layer.get_submodule(name).weight, gain * (6 / 512) ** 0.5
+        assert 0.999 * bound < weight.abs().max() <= bound, name
+        assert abs(weight.std() * 3**0.5 / bound - 1) < 0.02, name

@@ -1,12 +1,10 @@
 """The attention layer of SPADE: multi-head attention over a window."""
 
-from typing import Literal
-
 from torch import Tensor, nn
 
 from ..ops import local_attention
 from .mask import real_tokens
-from .position import RelativePositionBias
+from .position import Position, build_position_bias
 
 
 class LocalAttention(nn.Module):
@@ -16,8 +14,9 @@ class LocalAttention(nn.Module):
         d_model: width D.
         n_heads: heads H; H divides D, scores are scaled by 1 / sqrt(D / H).
         window: (left, right) in tokens; right = 0 is causal.
-        position: "t5" for a learned relative position bias of its own, None for none.
-        num_buckets, max_distance: of the bias, see `RelativePositionBias`.
+        position: the relative position bias, "t5", "alibi", "simple" or "rotary", or None for none. "simple" has a
+            number for each offset in the window, "rotary" vectors of size D / H.
+        num_buckets, max_distance: of "t5", see `RelativePositionBias`.
 
     Source: SPADE (arXiv 2212.08136), section 3.2.
     """
@@ -28,25 +27,31 @@ class LocalAttention(nn.Module):
         n_heads: int,
         *,
         window: tuple[int, int],
-        position: Literal["t5"] | None = "t5",
+        position: Position | None = "t5",
         num_buckets: int = 32,
         max_distance: int = 128,
     ):
         super().__init__()
+        if d_model < 1:
+            raise ValueError(f"d_model is {d_model}, expected at least 1")
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}, expected a divisor of d_model = {d_model}")
         if len(window) != 2 or not all(isinstance(side, int) and side >= 0 for side in window):
             raise ValueError(f"window is {window}, expected (left, right), both ints of 0 or more")
-        if position not in ("t5", None):
-            raise ValueError(f"position is {position!r}, expected 't5' or None")
+        self.d_model = d_model
         self.n_heads = n_heads
         self.window = tuple(window)
         self.q = nn.Linear(d_model, d_model, bias=False)
         self.k = nn.Linear(d_model, d_model, bias=False)
         self.v = nn.Linear(d_model, d_model, bias=False)
         self.o = nn.Linear(d_model, d_model, bias=False)
-        self.position = (
-            RelativePositionBias(n_heads, num_buckets=num_buckets, max_distance=max_distance) if position else None
+        self.position = build_position_bias(
+            position,
+            n_heads,
+            max_positions=max(window) + 1,
+            dim=d_model // n_heads,
+            num_buckets=num_buckets,
+            max_distance=max_distance,
         )
         self.reset_parameters()
 
@@ -62,14 +67,40 @@ class LocalAttention(nn.Module):
         """This layer's table (H, left + right + 1), which other layers may share."""
         return None if self.position is None else self.position(*self.window)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None) -> Tensor:
-        """x (B, L, D), attention_mask (B, L); position_bias (H, left + right + 1) replaces this layer's own."""
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Attend within the window.
+
+        Args:
+            x: (B, L, D).
+            attention_mask: (B, L), True or 1 at real tokens.
+            position_bias: (H, left + right + 1), replaces this layer's own.
+            segment_ids: (B, L), ints; a token sees its own segment only.
+
+        Returns:
+            (B, L, D).
+        """
+        if x.dim() != 3 or x.size(-1) != self.d_model:
+            raise ValueError(f"x has shape {list(x.shape)}, expected (B, L, {self.d_model})")
         if position_bias is None:
             position_bias = self.position_bias()
         q, k, v = (linear(x).unflatten(-1, (self.n_heads, -1)) for linear in (self.q, self.k, self.v))
         if position_bias is not None:
             position_bias = position_bias.to(q.dtype)
-        out = local_attention(q, k, v, position_bias, window=self.window, attention_mask=real_tokens(attention_mask, x))
+        out = local_attention(
+            q,
+            k,
+            v,
+            position_bias,
+            window=self.window,
+            attention_mask=real_tokens(attention_mask, x),
+            segment_ids=segment_ids,
+        )
         return self.o(out.flatten(-2))
 
     def extra_repr(self) -> str:

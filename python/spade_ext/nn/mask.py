@@ -1,5 +1,6 @@
-"""Attention masks, which mean the same to every module."""
+"""Attention masks and segment ids, which mean the same to every module."""
 
+import torch
 from torch import Tensor
 
 
@@ -7,10 +8,35 @@ def real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
     """attention_mask (B, L), True or 1 at real tokens of x (B, L, D), as a bool tensor; None means all are real.
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError, TypeError: another shape; neither bool nor integers, such as a mask to be added to scores.
     """
     if attention_mask is None:
         return None
-    if attention_mask.shape != x.shape[:2]:
-        raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, expected {list(x.shape[:2])}, (B, L)")
+    _check_shape("attention_mask", attention_mask, x)
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise TypeError(f"attention_mask is {attention_mask.dtype}, expected bool or integers, 1 at real tokens")
     return attention_mask.bool()
+
+
+def matching_ids(segment_ids: Tensor | None, x: Tensor) -> Tensor | None:
+    """segment_ids (B, L) of x (B, L, D), integers: neighbours with equal ids belong to one document.
+
+    Raises:
+        ValueError, TypeError: another shape, or no integers.
+    """
+    if segment_ids is None:
+        return None
+    _check_shape("segment_ids", segment_ids, x)
+    if segment_ids.is_floating_point() or segment_ids.is_complex() or segment_ids.dtype == torch.bool:
+        raise TypeError(f"segment_ids is {segment_ids.dtype}, expected integers")
+    return segment_ids
+
+
+def ids_or_rows(segment_ids: Tensor | None, mask: Tensor) -> Tensor:
+    """segment_ids (B, L), or where there are none those of one document a row."""
+    return torch.zeros_like(mask, dtype=torch.long) if segment_ids is None else segment_ids
+
+
+def _check_shape(name: str, t: Tensor, x: Tensor) -> None:
+    if t.shape != x.shape[:2]:
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(x.shape[:2])}, (B, L)")

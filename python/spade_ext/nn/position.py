@@ -1,7 +1,7 @@
 """Position biases: tables over the distance of key and query that local attention adds to its scores."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,3 +70,151 @@ class RelativePositionBias(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_heads={self.weight.size(1)}, num_buckets={self.num_buckets}, max_distance={self.max_distance}"
+
+
+def alibi_slopes(n_heads: int) -> list[float]:
+    """2^(-8 h / n), h from 1 to n, for a power of two n.
+
+    Other numbers of heads take the slopes of the power of two below, then every other one of the power above.
+    """
+    below = 2 ** (n_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * h / below) for h in range(1, below + 1)]
+    between = [2 ** (-4 * h / below) for h in range(1, 2 * below, 2)]
+    return slopes + between[: n_heads - below]
+
+
+class AlibiBias(nn.Module):
+    """ALiBi: a fixed slope a head times the distance, nothing learned.
+
+    Args:
+        n_heads: number of heads H.
+
+    Source: ALiBi (arXiv 2108.12409), section 3; a two-sided window has the same slope on both sides.
+    """
+
+    def __init__(self, n_heads: int):
+        super().__init__()
+        if n_heads < 1:
+            raise ValueError(f"n_heads is {n_heads}, expected at least 1")
+        self.n_heads = n_heads
+        # Empty: it carries the device and the dtype. Slopes in a buffer would be lost between meta and to_empty.
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """There are none."""
+
+    def forward(self, left: int, right: int) -> Tensor:
+        """The table (H, left + right + 1) for a window, -slope |r|."""
+        offsets = torch.arange(-left, right + 1, dtype=torch.float64, device=self.like.device)
+        slopes = torch.tensor(alibi_slopes(self.n_heads), dtype=torch.float64, device=self.like.device)
+        return (-slopes[:, None] * offsets.abs()).to(self.like.dtype)
+
+    def extra_repr(self) -> str:
+        return f"n_heads={self.n_heads}"
+
+
+class SimpleBias(nn.Module):
+    """MEGA's simple relative bias: one learned number an offset and head.
+
+    Args:
+        n_heads: number of heads H.
+        max_positions: offsets from -(max_positions - 1) to max_positions - 1 have a number.
+
+    Source: MEGA (arXiv 2209.10655) and its published code.
+    """
+
+    def __init__(self, n_heads: int, max_positions: int):
+        super().__init__()
+        if max_positions < 1:
+            raise ValueError(f"max_positions is {max_positions}, expected at least 1")
+        self.max_positions = max_positions
+        self.weight = nn.Parameter(torch.empty(n_heads, 2 * max_positions - 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation 0.02."""
+        nn.init.normal_(self.weight, std=0.02)
+
+    def parameter_options(self) -> dict[str, dict[str, Any]]:
+        """Optimizer options by parameter: no weight decay."""
+        return {"weight": {"weight_decay": 0.0}}
+
+    def forward(self, left: int, right: int) -> Tensor:
+        """The table (H, left + right + 1) for a window, whose sides are both below max_positions."""
+        if (reach := max(left, right)) >= self.max_positions:
+            raise ValueError(
+                f"the window reaches {reach} tokens, expected fewer than max_positions = {self.max_positions}"
+            )
+        return self.weight[:, self.max_positions - 1 - left : self.max_positions + right]
+
+    def extra_repr(self) -> str:
+        return f"n_heads={self.weight.size(0)}, max_positions={self.max_positions}"
+
+
+class RotaryBias(nn.Module):
+    """MEGA's rotary bias: the product of two learned vectors a head, rotated to the query's and the key's position.
+
+    It is added to the scores, unlike rotary embeddings, which rotate queries and keys.
+
+    Args:
+        n_heads: number of heads H.
+        dim: size of the vectors; even.
+
+    Source: MEGA (arXiv 2209.10655) and its published code.
+    """
+
+    def __init__(self, n_heads: int, dim: int):
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim is {dim}, expected an even number of at least 2")
+        self.alpha = nn.Parameter(torch.empty(n_heads, dim))
+        self.beta = nn.Parameter(torch.empty(n_heads, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation 0.02."""
+        nn.init.normal_(self.alpha, std=0.02)
+        nn.init.normal_(self.beta, std=0.02)
+
+    def parameter_options(self) -> dict[str, dict[str, Any]]:
+        """Optimizer options by parameter: no weight decay."""
+        return {"alpha": {"weight_decay": 0.0}, "beta": {"weight_decay": 0.0}}
+
+    def forward(self, left: int, right: int) -> Tensor:
+        """The table (H, left + right + 1) for a window; halves of a vector are the two coordinates that rotate."""
+        a1, a2 = self.alpha.chunk(2, dim=-1)
+        b1, b2 = self.beta.chunk(2, dim=-1)
+        half = a1.size(-1)
+        offsets = torch.arange(-left, right + 1, dtype=torch.float64, device=self.alpha.device)
+        frequencies = 10000 ** (-torch.arange(half, dtype=torch.float64, device=self.alpha.device) / half)
+        angles = frequencies[:, None] * offsets  # (dim / 2, left + right + 1)
+        cos, sin = angles.cos().to(self.alpha.dtype), angles.sin().to(self.alpha.dtype)
+        return (a1 * b1 + a2 * b2) @ cos + (a2 * b1 - a1 * b2) @ sin
+
+    def extra_repr(self) -> str:
+        return f"n_heads={self.alpha.size(0)}, dim={self.alpha.size(1)}"
+
+
+Position = Literal["t5", "alibi", "simple", "rotary"]
+
+
+def build_position_bias(
+    position: Position | None,
+    n_heads: int,
+    *,
+    max_positions: int,
+    dim: int,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> nn.Module | None:
+    """The module that a name stands for: max_positions is of "simple", dim of "rotary", the last two are of "t5"."""
+    builders = {
+        "t5": lambda: RelativePositionBias(n_heads, num_buckets=num_buckets, max_distance=max_distance),
+        "alibi": lambda: AlibiBias(n_heads),
+        "simple": lambda: SimpleBias(n_heads, max_positions),
+        "rotary": lambda: RotaryBias(n_heads, dim),
+        None: lambda: None,
+    }
+    if position not in builders:
+        raise ValueError(f"position is {position!r}, expected 't5', 'alibi', 'simple', 'rotary' or None")
+    return builders[position]()

@@ -1,0 +1,168 @@
+"""MEGA's moving average equipped gated attention."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, silu
+
+from ..ops import local_attention
+from .ema import EMA
+from .mask import real_tokens
+from .norm import Norm, build_norm
+from .position import SimpleBias, build_position_bias
+
+
+class GatedAttention(nn.Module):
+    """One head of attention within chunks, whose queries, keys and gates come from a moving average of the input.
+
+    With x~ = norm(x) before and m = EMA(x~)::
+
+        v = silu(W_v x~)                            (E)
+        u, z, r, g = W_m m                          (D, Z, E, D), then sigmoid(u), silu(z), silu(r)
+        q, k = gamma z + beta                       (Z) each
+        h = silu(g + W_h (r * attention(q, k, v)))
+        y = x + u * (h - x)
+
+    Args:
+        d_model: width D.
+        z_dim: width Z of queries and keys; even for the "rotary" position.
+        h_dim: width E of values.
+        n_dim: moving averages a channel, see `EMA`.
+        chunk_size: tokens of a chunk; the grid starts at the first real token. None is the whole row.
+        causal: no token sees a later one; the moving average has one direction instead of two.
+        activation: of the scores, "softmax", "relu2" or "laplace", see `spade_ext.ops.local_attention`.
+        position: the relative position bias, "simple" or "rotary".
+        norm: "layernorm", "rmsnorm" or "scalenorm".
+        prenorm: normalise the input; otherwise the output.
+        truncation: longest reach of the moving average in tokens, see `EMA`.
+        max_positions: longest document of the "simple" position without chunks, from its first real token to its last;
+            chunks need no more than chunk_size.
+        dropout: of the values, the moving average and h.
+
+    Source: MEGA (arXiv 2209.10655), section 3.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        z_dim: int,
+        h_dim: int,
+        n_dim: int,
+        *,
+        chunk_size: int | None = None,
+        causal: bool = False,
+        activation: Literal["softmax", "relu2", "laplace"] = "softmax",
+        position: Literal["simple", "rotary"] = "simple",
+        norm: Norm = "layernorm",
+        prenorm: bool = True,
+        truncation: int | None = None,
+        max_positions: int = 1024,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        for name, size in {"d_model": d_model, "z_dim": z_dim, "h_dim": h_dim, "chunk_size": chunk_size}.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}, expected at least 1")
+        if activation not in ("softmax", "relu2", "laplace"):
+            raise ValueError(f"activation is {activation!r}, expected 'softmax', 'relu2' or 'laplace'")
+        if position not in ("simple", "rotary"):
+            raise ValueError(f"position is {position!r}, expected 'simple' or 'rotary'")
+        self.d_model, self.z_dim, self.h_dim = d_model, z_dim, h_dim
+        self.chunk_size, self.causal, self.activation, self.prenorm = chunk_size, causal, activation, prenorm
+        self.norm = build_norm(norm, d_model)
+        self.ema = EMA(d_model, n_dim, bidirectional=not causal, truncation=truncation)
+        self.v_proj = nn.Linear(d_model, h_dim)
+        self.mx_proj = nn.Linear(d_model, z_dim + h_dim + 2 * d_model)
+        self.h_proj = nn.Linear(h_dim, d_model)
+        self.gamma = nn.Parameter(torch.empty(2, z_dim))  # of queries, of keys
+        self.beta = nn.Parameter(torch.empty(2, z_dim))
+        self.position = build_position_bias(position, 1, max_positions=chunk_size or max_positions, dim=z_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights, gamma and the position bias normal with standard deviation 0.02, the rest of attention 0."""
+        for linear in (self.v_proj, self.mx_proj, self.h_proj):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        nn.init.normal_(self.gamma, std=0.02)
+        nn.init.zeros_(self.beta)
+        self.position.reset_parameters()
+
+    def parameter_options(self) -> dict[str, dict[str, Any]]:
+        """Optimizer options by parameter: no weight decay on the scale and the shift of queries and keys."""
+        return {"gamma": {"weight_decay": 0.0}, "beta": {"weight_decay": 0.0}}
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
+        """Mix the tokens of each row.
+
+        Args:
+            x: (B, L, D).
+            attention_mask: (B, L), True or 1 at real tokens.
+            segment_ids: (B, L), ints, equal within a document of a packed row; it sees itself only.
+
+        Returns:
+            (B, L, D), the residual connection included. What it holds at padded tokens means nothing.
+
+        Raises:
+            ValueError, TypeError: a shape or dtype that does not fit; a document longer than max_positions.
+        """
+        if x.dim() != 3 or x.size(-1) != self.d_model:
+            raise ValueError(f"x has shape {list(x.shape)}, expected (B, L, {self.d_model})")
+        mask = real_tokens(attention_mask, x)
+        normed = self.norm(x) if self.prenorm else x
+        v = silu(self.v_proj(normed))
+        m = self.dropout(self.ema(normed, mask, segment_ids))
+        u, z, r, g = self.mx_proj(m).split([self.d_model, self.z_dim, self.h_dim, self.d_model], dim=-1)
+        q, k = (silu(z)[..., None, :] * self.gamma + self.beta).split(1, dim=-2)  # (B, L, 1, Z)
+        attended = self.attend(q, k, self.dropout(v), mask, segment_ids)
+        h = self.dropout(silu(g + self.h_proj(silu(r) * attended)))
+        y = x + u.sigmoid() * (h - x)
+        return y if self.prenorm else self.norm(y)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+        """q and k (B, L, 1, Z), v (B, L, E) to (B, L, E)."""
+        return local_attention(
+            q,
+            k,
+            v[:, :, None],
+            self.position_bias(q, mask, segment_ids),
+            chunk_size=self.chunk_size,
+            causal=self.causal,
+            attention_mask=mask,
+            segment_ids=segment_ids,
+            activation=self.activation,
+        )[:, :, 0]
+
+    def position_bias(self, q: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
+        """The table (1, 2 L - 1) or (1, 2 chunk_size - 1) of q's dtype; None for rows without tokens."""
+        length = self.chunk_size or q.size(1)
+        if length == 0:
+            return None
+        numbered = length
+        if isinstance(self.position, SimpleBias) and length > self.position.max_positions:
+            numbered = self.position.max_positions
+            if (longest := longest_document(q, mask, segment_ids)) > numbered:
+                raise ValueError(f"a document has {longest} tokens, expected at most max_positions = {numbered}")
+        table = self.position(numbered - 1, numbered - 1).to(q.dtype)
+        return pad(table, (length - numbered, length - numbered))  # offsets that no document has
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_model={self.d_model}, z_dim={self.z_dim}, h_dim={self.h_dim}, chunk_size={self.chunk_size}, "
+            f"causal={self.causal}, activation={self.activation!r}, prenorm={self.prenorm}"
+        )
+
+
+def longest_document(x: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> int:
+    """Tokens of x (B, L, ...) from a document's first real one to its last, where they are most."""
+    L = x.size(1)
+    t = torch.arange(L, device=x.device).expand(x.shape[:2])
+    padding = torch.zeros_like(t, dtype=torch.bool) if mask is None else ~mask
+    document = torch.zeros_like(t)
+    if segment_ids is not None:
+        document[:, 1:] = (segment_ids[:, 1:] != segment_ids[:, :-1]).cumsum(1)
+    first = torch.full_like(t, L).scatter_reduce(1, document, t.masked_fill(padding, L), "amin")
+    last = torch.full_like(t, -1).scatter_reduce(1, document, t.masked_fill(padding, -1), "amax")
+    return max((last - first + 1).amax(1).tolist(), default=0)
