@@ -6,8 +6,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
+from spade_ext.convert import from_reference, load_reference
 from spade_ext.models import SpadeConfig, SpadeForSequenceClassification, SpadeModel
 from spade_ext.models.modeling_spade import pool
+
+from ..reference import below
 
 OPTIONS = {
     "default": {},
@@ -15,8 +18,19 @@ OPTIONS = {
     "causal": {"causal": True, "window": (3, 0)},
     "shared_position": {"position_shared": True},
     "no_position": {"position": None},
-    "ssm_everywhere": {"ssm_layers": (0, 1), "ssm_disc": "bilinear", "ssm_init": "lin"},
+    "alibi": {"position": "alibi"},
+    "simple_position": {"position": "simple", "position_shared": True},
+    "rotary": {"position": "rotary"},
+    "ssm_everywhere": {"ssm_layers": (0, 1), "ssm_kind": "s4d", "ssm_disc": "bilinear", "ssm_init": "lin"},
     "no_ssm": {"ssm_layers": ()},
+    "legt": {"ssm_init": "legt", "ssm_rank": 2, "causal": True, "window": (3, 0)},
+    "s4d": {"ssm_kind": "s4d"},
+    "ema": {"ssm_kind": "ema"},
+    "causal_ema": {"ssm_kind": "ema", "causal": True, "window": (3, 0)},
+    "add": {"ssm_combine": "add", "ssm_weight": 0.3},
+    "stack": {"ssm_combine": "stack", "prenorm": False},
+    "no_final_norm": {"final_norm": False},
+    "postnorm_and_final_norm": {"prenorm": False, "final_norm": True, "ssm_combine": "add"},
     "frozen_ssm": {"ssm_lr": 0},
 }
 all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -85,6 +99,8 @@ def test_weights_missing_from_a_checkpoint_are_those_of_a_new_model(options):
         loaded = SpadeForSequenceClassification.from_pretrained(None, config=config(**options), state_dict={})
     for name, value in new.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
+    ids = batch()
+    assert torch.equal(new.eval()(ids).logits, loaded.eval()(ids).logits)
 
 
 def test_all_tensors_are_parameters_or_buffers():
@@ -116,6 +132,64 @@ def test_padding_is_invisible(options):
     torch.testing.assert_close(left, alone)
 
 
+@all_options
+def test_packed_documents_are_those_alone(options):
+    model, ids = SpadeModel(config(**options)).eval().double(), batch(2, 15)
+    segment_ids = torch.tensor([[1] * 6 + [2] * 1 + [1] * 8, [0] * 15])
+    mask = torch.ones(2, 15, dtype=torch.long)
+    mask[1, :3] = mask[1, 12:] = 0
+    packed = model(ids, mask, segment_ids=segment_ids).last_hidden_state
+    for row, begin, end in ((0, 0, 6), (0, 6, 7), (0, 7, 15), (1, 3, 12)):
+        alone = model(ids[row : row + 1, begin:end]).last_hidden_state[0]
+        torch.testing.assert_close(packed[row, begin:end], alone)
+
+
+@pytest.mark.parametrize("name", ["add_prenorm0", "concat_prenorm1", "stack_prenorm1"])
+def test_layers_are_the_published_ones(name, load_golden):
+    """A causal decoder of the fairseq code without its embeddings, whose layers share the first one's bias table."""
+    tensors, published = load_golden(f"spade_decoder_{name}")
+    s4 = published["s4"]
+    model = SpadeModel(
+        SpadeConfig(
+            vocab_size=1,
+            hidden_size=published["d_model"],
+            num_hidden_layers=published["layers"],
+            num_attention_heads=published["heads"],
+            intermediate_size=published["ffn"],
+            hidden_act=published["activation"],
+            causal=True,
+            window=(published["local_radius"], 0),
+            position_shared=True,
+            prenorm=published["prenorm"],
+            final_norm=False,
+            ssm_layers=(s4["layer"],),
+            ssm_d_state=s4["d_state"],
+            ssm_n_ssm=s4["n_ssm"],
+            ssm_l_max=s4["l_max"],
+            ssm_combine=published["combine"],
+            ssm_weight=published["s4_weight"],
+        )
+    )
+    model = model.eval().double()
+    load_reference(model, below(tensors, "state."))
+    x = tensors["x"].transpose(0, 1).requires_grad_()
+    output = model(inputs_embeds=x, output_hidden_states=True)
+    for hidden, key in zip(output.hidden_states[1:], ("y0", "y1", "y"), strict=True):
+        torch.testing.assert_close(hidden, tensors[key].transpose(0, 1), rtol=1e-9, atol=1e-9)
+    output.last_hidden_state.backward(tensors["g"].transpose(0, 1))
+    torch.testing.assert_close(x.grad, tensors["grad_x"].transpose(0, 1), rtol=1e-9, atol=1e-9)
+    expected = from_reference(model, below(tensors, "grad."))
+    compared = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert compared == set(expected) - {"embed_tokens.weight"}
+    for ours in compared:
+        torch.testing.assert_close(model.get_parameter(ours).grad, expected[ours], rtol=1e-9, atol=1e-9)
+    truncated = model.state_dict()[C := f"layers.{s4['layer']}.mixer.ssm.C"].clone()
+    load_reference(model, below(tensors, "initial."))  # C is not truncated there; the published code does in float32
+    torch.testing.assert_close(model.state_dict()[C], truncated, rtol=1e-5, atol=1e-5)
+    y = model(inputs_embeds=x).last_hidden_state.transpose(0, 1)
+    torch.testing.assert_close(y, tensors["y"], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
 def test_batched_rows_are_those_alone(pooling):
     model, ids = classifier(pooling=pooling).double(), batch(3, 12)
@@ -143,13 +217,51 @@ def test_inputs_embeds_equal_input_ids():
     assert torch.equal(model(inputs_embeds=embedded).logits, model(ids).logits)
 
 
-def test_causal_model_sees_no_later_token():
-    model = SpadeModel(config(causal=True, window=(3, 0))).eval().double()
+@pytest.mark.parametrize("kind", ["s4", "s4d", "ema"])
+def test_causal_model_sees_no_later_token(kind):
+    model = SpadeModel(config(causal=True, window=(3, 0), ssm_kind=kind)).eval().double()
     ids = batch(1, 10)
     changed = ids.clone()
     changed[0, 6] = ids[0, 6] % 15 + 1
     difference = (model(ids).last_hidden_state - model(changed).last_hidden_state).abs().sum(-1)[0]
     assert (difference[:6] < 1e-12).all() and (difference[6:] > 1e-9).all()
+
+
+@pytest.mark.parametrize("kind", ["s4", "s4d", "ema"])
+def test_a_window_without_later_tokens_is_causal(kind, tmp_path):
+    one_sided = config(window=(3, 0), ssm_kind=kind)
+    one_sided.save_pretrained(tmp_path)
+    for each in (one_sided, SpadeConfig.from_dict(one_sided.to_dict()), SpadeConfig.from_pretrained(tmp_path)):
+        assert each.causal
+        model = SpadeModel(each).eval().double()
+        ids = batch(1, 10)
+        changed = ids.clone()
+        changed[0, -1] = ids[0, -1] % 15 + 1
+        before, after = model(ids).last_hidden_state[0], model(changed).last_hidden_state[0]
+        torch.testing.assert_close(before[:-1], after[:-1], rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(before[-1], after[-1])
+    assert config(window=[3, 0]).causal and not config().causal
+
+
+@pytest.mark.parametrize("disc", ["zoh", "bilinear", "dss"])
+def test_state_space_model_has_the_options_of_the_configuration(disc):
+    given = config(ssm_kind="s4d", ssm_disc=disc, ssm_init="quad", ssm_lr=0.01, ssm_d_state=6)
+    layer = SpadeModel(given).layers[0].mixer.ssm
+    assert (layer.kernel, layer.disc, layer.init, layer.lr, layer.d_state) == ("s4d", disc, "quad", 0.01, 6)
+    given = config(ssm_init="legt", ssm_rank=3, ssm_n_ssm=4, ssm_l_max=33)
+    layer = SpadeModel(given).layers[0].mixer.ssm
+    assert (layer.kernel, layer.init, layer.rank, layer.n_ssm, layer.nodes) == ("s4", "legt", 3, 4, 33)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("s4", (16, 32, 2)), ("s4d", (16, 32, 2)), ("ema", (16, 16))])
+def test_default_size_of_a_state(kind, size):
+    assert SpadeModel(config(ssm_kind=kind, ssm_d_state=None)).layers[0].mixer.ssm.state_size == size
+
+
+def test_dropout_of_the_feed_forward_is_before_its_last_linear():
+    feed_forward = SpadeModel(config(dropout=1.0)).layers[0].feed_forward.train()
+    torch.nn.init.ones_(feed_forward.fc2.bias)
+    assert torch.equal(feed_forward(torch.randn(2, 5, 16)), torch.ones(2, 5, 16))
 
 
 def test_the_state_space_model_reaches_beyond_every_window():
@@ -234,12 +346,31 @@ def test_regression_loss():
         ({"window": (3,)}, r"window is \(3,\), expected \(left, right\), both 0 or more"),
         ({"causal": True}, r"window is \(3, 3\), expected a right of 0, since causal is True"),
         ({"ssm_layers": (2,)}, r"ssm_layers is \(2,\), expected distinct layers from 0 to 1"),
-        ({"ssm_init": "fout"}, r"ssm_init is 'fout', expected one of legs, lin, inv, quad, real"),
+        ({"ssm_init": "lin"}, r"ssm_init is 'lin', expected one of legs, legt, fout, hippo for ssm_kind 's4'"),
+        ({"ssm_kind": "s4d", "ssm_init": "fout"}, r"ssm_init is 'fout', expected one of legs, lin, inv, quad, real"),
+        ({"ssm_init": "legt"}, r"ssm_rank is 1, expected at least 2 for ssm_init 'legt'"),
+        ({"ssm_l_max": 0}, r"ssm_l_max is 0, expected at least 1"),
+        ({"ssm_combine": "sum"}, r"'ssm_combine' expected one of \('concat', 'add', 'stack'\), got sum"),
+        ({"ssm_weight": 1.5}, r"ssm_weight is 1.5, expected 0 to 1"),
         ({"ssm_n_ssm": 3}, r"ssm_n_ssm is 3, expected a divisor of hidden_size = 16"),
-        ({"ssm_d_state": 5}, r"ssm_d_state is 5, expected an even number of at least 2"),
+        ({"ssm_d_state": 5}, r"ssm_d_state is 5, expected an even number"),
+        ({"ssm_d_state": 0}, r"ssm_d_state is 0, expected at least 1"),
+        ({"ssm_init": "hippo", "ssm_n_ssm": 1}, r"ssm_n_ssm is 1, expected an even number of copies for ssm_init 'hip"),
+        (
+            {"ssm_init": "hippo", "ssm_n_ssm": None, "hidden_size": 15, "num_attention_heads": 3},
+            r"ssm_n_ssm is None, expected an even number of copies for ssm_init 'hippo'",
+        ),
+        ({"ssm_lr": -1e-3}, r"ssm_lr is -0.001, expected 0 or more"),
+        (
+            {"position": "rotary", "num_attention_heads": 16},
+            r"position is 'rotary', expected another one for heads of odd width 1",
+        ),
+        ({"position_num_buckets": 5}, r"position_num_buckets is 5, expected an even number of at least 4"),
+        ({"position_num_buckets": 2}, r"position_num_buckets is 2, expected an even number of at least 4"),
+        ({"position_max_distance": 31}, r"position_max_distance is 31, expected at least position_num_buckets = 32"),
         ({"hidden_act": "gellu"}, r"hidden_act is 'gellu', expected an activation that transformers knows"),
         ({"pooling": "max"}, r"'pooling' expected one of \('mean', 'first', 'last'\), got max"),
-        ({"ssm_kind": "s5"}, r"'ssm_kind' expected one of \('s4d',\), got s5"),
+        ({"ssm_kind": "s5"}, r"'ssm_kind' expected one of \('s4', 's4d', 'ema'\), got s5"),
     ],
 )
 def test_configurations_that_cannot_be(options, message):
@@ -253,3 +384,5 @@ def test_wrong_inputs():
         model()
     with pytest.raises(ValueError, match=r"attention_mask has shape \[3, 1, 1, 20\], expected \[3, 20\], \(B, L\)"):
         model(batch(), torch.ones(3, 1, 1, 20))
+    with pytest.raises(ValueError, match="segment_ids is given, expected none: a row is classified as one document"):
+        model(batch(), segment_ids=torch.zeros(3, 20))

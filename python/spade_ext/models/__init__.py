@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
+from . import published  # noqa: F401  (registers the published names)
 from .configuration_spade import SpadeConfig
 from .modeling_spade import SpadeForSequenceClassification, SpadeModel, SpadePreTrainedModel
 

@@ -12,16 +12,33 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..nn import S4, LocalAttention, RelativePositionBias
-from ..nn.mask import real_tokens
+from ..nn import EMA, S4, AlibiBias, LocalAttention, RelativePositionBias, RotaryBias, SimpleBias
+from ..nn.mask import matching_ids, real_tokens
+from ..nn.state_space import StateSpaceLayer
 from .configuration_spade import SpadeConfig
 
 
-class SpadeMixer(nn.Module):
-    """Mixes tokens: local attention, and in the layers of `ssm_layers` a state space model on the same input.
+def build_ssm(config: SpadeConfig) -> StateSpaceLayer:
+    """The state space layer that a configuration names."""
+    width, bidirectional = config.hidden_size, not config.causal
+    if config.ssm_kind == "ema":
+        return EMA(width, config.ssm_d_state or 16, bidirectional=bidirectional)
+    return S4(
+        width,
+        config.ssm_d_state or 64,
+        kernel=config.ssm_kind,
+        init=config.ssm_init,
+        rank=config.ssm_rank,
+        n_ssm=config.ssm_n_ssm,
+        bidirectional=bidirectional,
+        l_max=config.ssm_l_max,
+        disc=config.ssm_disc,
+        lr=config.ssm_lr,
+    )
 
-    There the two are normalised apart, concatenated, the global part first, and projected back to the width.
-    """
+
+class SpadeMixer(nn.Module):
+    """Mixes tokens: local attention, in the layers of `ssm_layers` combined with a state space model."""
 
     def __init__(self, config: SpadeConfig, layer: int):
         super().__init__()
@@ -35,28 +52,29 @@ class SpadeMixer(nn.Module):
             num_buckets=config.position_num_buckets,
             max_distance=config.position_max_distance,
         )
-        self.has_ssm = layer in config.ssm_layers
-        if self.has_ssm:
-            self.ssm = S4(
-                width,
-                config.ssm_d_state,
-                kernel=config.ssm_kind,
-                init=config.ssm_init,
-                n_ssm=config.ssm_n_ssm,
-                bidirectional=not config.causal,
-                disc=config.ssm_disc,
-                lr=config.ssm_lr,
-            )
+        self.combine = config.ssm_combine if layer in config.ssm_layers else None
+        self.ssm_weight = config.ssm_weight
+        if self.combine is not None:
+            self.ssm = build_ssm(config)
+        if self.combine in ("concat", "add"):
             self.ssm_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
             self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        if self.combine == "concat":
             self.aggregate = nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor:
-        local = self.attention(x, attention_mask, position_bias)
-        if not self.has_ssm:
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None, position_bias: Tensor | None
+    ) -> Tensor:
+        tokens = {"attention_mask": attention_mask, "segment_ids": segment_ids}
+        if self.combine == "stack":
+            x = self.ssm(x, **tokens)
+        local = self.attention(x, position_bias=position_bias, **tokens)
+        if self.combine in (None, "stack"):
             return local
-        mixed = torch.cat([self.ssm_norm(self.ssm(x, attention_mask)), self.attention_norm(local)], dim=-1)
-        return self.aggregate(mixed)
+        both = self.ssm_norm(self.ssm(x, **tokens)), self.attention_norm(local)
+        if self.combine == "add":
+            return self.ssm_weight * both[0] + (1 - self.ssm_weight) * both[1]
+        return self.aggregate(torch.cat(both, dim=-1))
 
 
 class SpadeFeedForward(nn.Module):
@@ -84,13 +102,17 @@ class SpadeLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_bias: Tensor | None = None,
     ) -> Tensor:
-        x = hidden_states
+        x, context = hidden_states, (attention_mask, segment_ids, position_bias)
         if self.prenorm:
-            x = x + self.dropout(self.mixer(self.mixer_norm(x), attention_mask, position_bias))
+            x = x + self.dropout(self.mixer(self.mixer_norm(x), *context))
             return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.mixer_norm(x + self.dropout(self.mixer(x, attention_mask, position_bias)))
+        x = self.mixer_norm(x + self.dropout(self.mixer(x, *context)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
@@ -106,22 +128,22 @@ class SpadePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # Attention's Linears are visited before their LocalAttention, which gives them the weights that stay.
         super()._init_weights(module)
-        if isinstance(module, S4):
-            for name, value in module.initial_values().items():
-                init.copy_(getattr(module, name), value)
-        elif isinstance(module, (LocalAttention, RelativePositionBias)):
+        if isinstance(module, StateSpaceLayer):
+            module.reset_parameters(init.copy_)
+        elif isinstance(module, (LocalAttention, RelativePositionBias, AlibiBias, SimpleBias, RotaryBias)):
             module.reset_parameters()
 
 
 class SpadeModel(SpadePreTrainedModel):
-    """The encoder: embedding, layers and, with `prenorm`, a last LayerNorm."""
+    """The encoder: embedding, layers and, with `final_norm`, a last LayerNorm."""
 
     def __init__(self, config: SpadeConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(SpadeLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.prenorm else nn.Identity()
+        final_norm = config.prenorm if config.final_norm is None else config.final_norm
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -132,6 +154,7 @@ class SpadeModel(SpadePreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """Encode a batch of sequences.
@@ -140,6 +163,8 @@ class SpadeModel(SpadePreTrainedModel):
             input_ids: (B, L), token ids; or
             inputs_embeds: (B, L, D), what the embedding would give.
             attention_mask: (B, L), True or 1 at real tokens, which may be padded on either side.
+            segment_ids: (B, L), integers, of packed rows: a run of equal ids is a document, which sees only itself.
+                Their number is data: with them, a state space model does not compile as a single graph.
 
         Returns:
             BaseModelOutput with last_hidden_state (B, L, D). What it holds at padded tokens means nothing.
@@ -147,11 +172,11 @@ class SpadeModel(SpadePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both or neither given, expected one of them")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        attention_mask = real_tokens(attention_mask, x)
+        attention_mask, segment_ids = real_tokens(attention_mask, x), matching_ids(segment_ids, x)
         x = self.dropout(x)
         shared_bias = self.layers[0].mixer.attention.position_bias() if self.config.position_shared else None
         for layer in self.layers:
-            x = layer(x, attention_mask, shared_bias)
+            x = layer(x, attention_mask, segment_ids, shared_bias)
         return BaseModelOutput(last_hidden_state=self.norm(x))
 
 
@@ -212,6 +237,8 @@ class SpadeForSequenceClassification(SpadePreTrainedModel):
         Returns:
             SequenceClassifierOutput with logits (B, num_labels) and, given labels, the loss.
         """
+        if kwargs.get("segment_ids") is not None:
+            raise ValueError("segment_ids is given, expected none: a row is classified as one document")
         outputs = self.model(input_ids, attention_mask, inputs_embeds, **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
         loss = None
