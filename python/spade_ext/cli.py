@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a field of the recipe")
         return command
 
-    add("data", "recipe", "a YAML recipe", "Make the data that a recipe names.")
+    add("data", "recipe", "a YAML recipe", "Make or check the data that a recipe names.")
     add("train", "recipe", "a YAML recipe", "Train a recipe's model; the run goes to training.output_dir.")
     evaluate = add("evaluate", "run", "a folder that `spade-ext train` wrote", "Evaluate a run's model.")
     evaluate.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
@@ -53,9 +53,7 @@ def _disable_loading_bars() -> None:
 def _data(arguments: argparse.Namespace) -> None:
     from .train import Recipe
 
-    task = Recipe.load(arguments.recipe, arguments.overrides).make_task()
-    task.make_data()
-    print(f"data: {task.directory}")
+    print(f"data: {Recipe.load(arguments.recipe, arguments.overrides).make_task().make_data()}")
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -1,1 +1,2 @@
+from . import image as image
 from . import listops as listops

@@ -359,12 +359,6 @@ class Collator:
         return {"input_ids": input_ids, "attention_mask": input_ids != PAD_ID, "labels": labels}
 
 
-def majority_accuracy(train: ListOps, test: ListOps) -> float:
-    """Accuracy on `test`, 0 to 1, of always answering the most frequent label of `train`."""
-    majority = train.labels.bincount().argmax()
-    return (test.labels == majority).double().mean().item()
-
-
 def root_operator_accuracy(train: ListOps, test: ListOps) -> float:
     """Accuracy on `test`, 0 to 1, of answering the most frequent label that the first token has in `train`.
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
@@ -169,4 +169,5 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             return type_validator(name, candidate, hint)
         except TypeError:
             continue
-    raise ValueError(f"{name} is {value!r}, expected {getattr(hint, '__name__', hint)}")
+    choices = " or ".join(map(repr, get_args(hint))) if get_origin(hint) is Literal else ""
+    raise ValueError(f"{name} is {value!r}, expected {choices or getattr(hint, '__name__', hint)}")

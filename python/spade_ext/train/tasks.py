@@ -4,11 +4,12 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch.utils.data import Dataset
 
-from ..data import listops
+from ..data import image, listops
+from ..data.baselines import majority_accuracy
 
 
 @dataclasses.dataclass
@@ -37,10 +38,11 @@ class ListOpsTask:
     }
     splits: ClassVar[tuple[str, ...]] = tuple(listops.FILES)
 
-    def make_data(self) -> None:
-        """Generate the files, unless the directory already holds exactly them."""
+    def make_data(self) -> str:
+        """Generate the files, unless the directory already holds exactly them, and say where they are."""
         if not listops.matches(self.directory, **self.generate):
             listops.generate(self.directory, **self.generate)
+        return self.directory
 
     def dataset(self, split: str) -> Dataset:
         return listops.ListOps(Path(self.directory) / listops.FILES[split], max_length=self.max_length)
@@ -51,9 +53,51 @@ class ListOpsTask:
     def baselines(self, train: Dataset, test: Dataset) -> dict[str, float]:
         """Accuracies on `test`, 0 to 1, of answers that need no model but the labels of `train`."""
         return {
-            "majority class": listops.majority_accuracy(train, test),
+            "majority class": majority_accuracy(train, test),
             "root operator": listops.root_operator_accuracy(train, test),
         }
 
 
-TASKS = {"listops": ListOpsTask}
+@dataclasses.dataclass
+class ImageTask:
+    """Long Range Arena Image: CIFAR-10 in grey, a token a pixel.
+
+    Args:
+        directory: of CIFAR-10's Python version, data_batch_1 to data_batch_5 and test_batch.
+        grayscale, validation: see `spade_ext.data.image.Image`.
+        mask_black: black pixels are padding, see `spade_ext.data.image.Collator`.
+    """
+
+    directory: str
+    grayscale: Literal["tensorflow", "pillow"] = "tensorflow"
+    validation: Literal["last", "random"] = "last"
+    mask_black: bool = False
+
+    model_options: ClassVar[dict[str, Any]] = {
+        "vocab_size": image.VOCAB_SIZE,
+        "num_labels": image.NUM_LABELS,
+        "pad_token_id": None,
+    }
+    generate_options: ClassVar[dict[str, Any]] = {}
+    splits: ClassVar[tuple[str, ...]] = image.SPLITS
+
+    def make_data(self) -> str:
+        """Read all files, which cannot be made, and say what was found."""
+        sizes = ", ".join(f"{len(self.dataset(split)):,} {split}" for split in self.splits)
+        return f"{sizes} images in {self.directory}"
+
+    def dataset(self, split: str) -> Dataset:
+        return image.Image(self.directory, split, grayscale=self.grayscale, validation=self.validation)
+
+    def collator(self) -> Callable:
+        return image.Collator(self.mask_black)
+
+    def baselines(self, train: Dataset, test: Dataset) -> dict[str, float]:
+        """Accuracies on `test`, 0 to 1, of answers that need no model but the images and labels of `train`."""
+        return {
+            "majority class": majority_accuracy(train, test),
+            "nearest mean": image.nearest_mean_accuracy(train, test),
+        }
+
+
+TASKS = {"listops": ListOpsTask, "image": ImageTask}
