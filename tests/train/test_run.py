@@ -176,7 +176,7 @@ def test_bugs_keep_their_traceback(run, monkeypatch, raised):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "{recipe}"], "holds a run already, expected another folder"),
+        (["train", "{recipe}"], "holds a finished run, expected another folder, or a checkpoint of it"),
         (["train", "{recipe}", "model.hiden_size=3"], "model.hiden_size is not a known key"),
         (["train", "no.yaml"], "no.yaml is not a file, expected a recipe"),
         (["train", "{recipe}", "data.directory=none", "training.output_dir=x"], "basic_train.tsv does not exist"),

@@ -26,6 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .files import sha256
+
 _OPERATORS: dict[str, Callable[[list[int]], int]] = {
     "[MIN": min,
     "[MAX": max,
@@ -195,16 +197,8 @@ def _write_splits(directory: Path, sizes: dict[str, int], rules: _Rules, workers
                     progress.update()
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _record(directory: Path, options: dict[str, int]) -> dict[str, dict]:
-    return {"options": options, "sha256": {name: _sha256(directory / name) for name in FILES.values()}}
+    return {"options": options, "sha256": {name: sha256(directory / name) for name in FILES.values()}}
 
 
 def generate(

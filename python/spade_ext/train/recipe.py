@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -13,8 +13,11 @@ from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
+from ..data.files import write_text
 from ..models import SpadeConfig
 from .tasks import TASKS
+
+RECIPE_FILE = "recipe.yaml"
 
 
 class _Loader(yaml.SafeLoader):
@@ -97,7 +100,20 @@ class Recipe:
             raise ValueError(f"{path}: {error}") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+        write_text(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+    def differences(self, earlier: "Recipe") -> Iterator[tuple[str, str]]:
+        """The fields in which this recipe differs: their names, such as "model.hidden_size", and "64 instead of 32"."""
+        if self.task != earlier.task:
+            yield "task", f"{self.task!r} instead of {earlier.task!r}"
+            return
+        for section, cls in (("data", TASKS[self.task]), ("model", SpadeConfig), ("training", TrainingArguments)):
+            now, before = getattr(self, section), getattr(earlier, section)
+            defaults = {field.name: _default(field) for field in dataclasses.fields(cls)}
+            for key in dict.fromkeys((*before, *now)):
+                new, old = now.get(key, defaults[key]), before.get(key, defaults[key])
+                if new != old:
+                    yield f"{section}.{key}", f"{new!r} instead of {old!r}"
 
     def make_task(self) -> Any:
         return TASKS[self.task](**self.data)
@@ -136,6 +152,12 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 def _keys(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls) if field.init]
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """A field's default as YAML would give it."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_keys(prefix: str, content: Iterable[str], known: Sequence[str]) -> None:
