@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("data", "recipe", "a YAML recipe", "Make or check the data that a recipe names.")
     add("train", "recipe", "a YAML recipe", "Train a recipe's model; the run goes to training.output_dir.")
+    add("info", "recipe", "a YAML recipe", "Say what a recipe's model costs by length.")
     evaluate = add("evaluate", "run", "a folder that `spade-ext train` wrote", "Evaluate a run's model.")
     evaluate.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
     return parser
@@ -68,6 +69,30 @@ def _train(arguments: argparse.Namespace) -> None:
     print(f"checkpoint: {folder}\npicture:    {folder / CURVES_FILE}")
 
 
+def _info(arguments: argparse.Namespace) -> None:
+    from .train import Recipe
+    from .train.cost import recipe_costs, training_memory
+
+    recipe = Recipe.load(arguments.recipe, arguments.overrides)
+    batch, length = recipe.training_arguments().per_device_train_batch_size, recipe.make_task().length
+    model, costs = recipe_costs(recipe, sorted({256, 1024, 4096, 16384, length}))
+    constant = training_memory(model)
+    print(f"parameters: {model.num_parameters():,}")
+    print(f"with gradients and AdamW's moments: {constant / 1e6:,.1f} MB in float32")
+    print(f"\nsequences in batches of {batch}; the recipe's length is {length:,}")
+    print(f"{'':8}{'GFLOP a sequence':>26}{'of which':>26}{'MB a batch':>24}")
+    print("  length   forward    + backward    linear  attention   ssm    activations     total")
+    for length, cost in costs.items():
+        flops = {kind: cost.forward[kind] + cost.backward[kind] for kind in cost.forward}
+        both = sum(flops.values())
+        shares = "".join(f"{share / both:>9.0%}" for share in flops.values())
+        forward = sum(cost.forward.values()) / batch / 1e9
+        print(
+            f"{length:8,}{forward:>10.3f}{both / batch / 1e9:>14.3f} {shares}"
+            f"{cost.activations / 1e6:>15,.0f}{(constant + cost.activations) / 1e6:>10,.0f}"
+        )
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from .train import evaluate
 
@@ -95,7 +120,7 @@ def _fail(message: str, code: int = 2) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; what a user got wrong is one sentence on stderr and exit code 2."""
     arguments = _parse(argv)
-    command = {"data": _data, "train": _train, "evaluate": _evaluate}[arguments.command]
+    command = {"data": _data, "train": _train, "info": _info, "evaluate": _evaluate}[arguments.command]
     try:
         command(arguments)
     except (ValueError, OSError) as error:

@@ -38,6 +38,11 @@ class ListOpsTask:
     }
     splits: ClassVar[tuple[str, ...]] = tuple(listops.FILES)
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.max_length
+
     def make_data(self) -> str:
         """Generate the files, unless the directory already holds exactly them, and say where they are."""
         if not listops.matches(self.directory, **self.generate):
@@ -80,6 +85,7 @@ class ImageTask:
     }
     generate_options: ClassVar[dict[str, Any]] = {}
     splits: ClassVar[tuple[str, ...]] = image.SPLITS
+    length: ClassVar[int] = image.LENGTH
 
     def make_data(self) -> str:
         """Read all files, which cannot be made, and say what was found."""
