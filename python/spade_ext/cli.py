@@ -65,7 +65,8 @@ def _train(arguments: argparse.Namespace) -> None:
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     metrics = train(recipe)
     folder = Path(recipe.training["output_dir"])
-    print(f"validation accuracy: {metrics['eval_accuracy']:.1%} after {metrics['train_runtime']:.0f} s of training")
+    steps, seconds = metrics["history"][-1]["step"], metrics["train_runtime"]
+    print(f"validation accuracy: {metrics['eval_accuracy']:.1%} after {steps:,} steps, {seconds:.0f} s since the start")
     print(f"checkpoint: {folder}\npicture:    {folder / CURVES_FILE}")
 
 
