@@ -5,7 +5,6 @@ point operations that README.md of the family gives, GB/s inputs, outputs and gr
 """
 
 import argparse
-import ctypes
 import os
 import platform
 import statistics
@@ -20,18 +19,6 @@ from torch import Tensor
 import spade_ext
 
 Op = Callable[..., Tensor]
-
-
-def keep_memory() -> str:
-    """Has glibc keep what is freed: large temporaries are mapped and page-faulted anew in every call otherwise."""
-    trim_threshold, mmap_threshold = -1, -3
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return "not kept, this C library has no mallopt"
-    if all([mallopt(option, 2**31 - 1) for option in (mmap_threshold, trim_threshold)]):
-        return "kept on both sides, mallopt of M_MMAP_THRESHOLD and M_TRIM_THRESHOLD"
-    return "not kept, mallopt refused"
 
 
 def cpu_name() -> str:
@@ -56,7 +43,7 @@ class Benchmark:
         options = parser.parse_args()
         self.quick = options.quick
         self.warmup, self.runs = (1, 3) if options.quick else (8, 9)
-        memory = keep_memory()
+        memory = "kept on both sides" if spade_ext.keep_memory() else "not kept"
         self.set_threads(options.threads)
         torch.manual_seed(0)
 

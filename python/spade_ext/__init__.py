@@ -16,6 +16,7 @@ if _FOUND != _BUILT_WITH:
 
 from . import nn, ops  # noqa: E402
 from ._C import build_info  # noqa: E402
+from .memory import keep_memory  # noqa: E402
 
 __version__ = build_info()["version"]
-__all__ = ["build_info", "nn", "ops"]
+__all__ = ["build_info", "keep_memory", "nn", "ops"]

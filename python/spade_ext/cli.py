@@ -45,9 +45,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _disable_loading_bars() -> None:
+def _prepare() -> None:
     from transformers.utils import logging
 
+    from . import keep_memory
+
+    keep_memory()
     logging.disable_progress_bar()  # those of weights; the Trainer's stay
 
 
@@ -61,7 +64,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from .train import Recipe, train
     from .train.run import CURVES_FILE
 
-    _disable_loading_bars()
+    _prepare()
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     metrics = train(recipe)
     folder = Path(recipe.training["output_dir"])
@@ -97,7 +100,7 @@ def _info(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from .train import evaluate
 
-    _disable_loading_bars()
+    _prepare()
     split = arguments.split
     metrics = evaluate(arguments.run, split=split, overrides=arguments.overrides)
     rows = {"SPADE": metrics[f"{split}_accuracy"], **metrics["baselines"]}

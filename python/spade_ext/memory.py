@@ -1,0 +1,23 @@
+"""How the C library's allocator treats large tensors."""
+
+import ctypes
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_memory() -> bool:
+    """Has the process keep the memory of freed tensors for later ones, in place of returning it to the system.
+
+    By default every tensor above 32 MB is mapped anew, and each of its pages faults when it is first written: an
+    operator on such tensors can take twice as long. Call it once, before the first large tensor; the process then
+    holds on to the most memory that it has ever used. `spade-ext train` and `evaluate` call it, an import never does.
+
+    Returns:
+        Whether the allocator took it. Only glibc's does (2.35 and newer), and for the main thread alone.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # Each alone does not do: a block below the one threshold is trimmed by the other.
+    return all([mallopt(option, 2**31 - 1) for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)])
