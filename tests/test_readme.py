@@ -22,6 +22,7 @@ SMALL = {
     "data": ["data.generate={train: 50, validation: 10, test: 10, min_length: 3, max_length: 30, workers: 1}"],
     "train": ["training.max_steps=2", "training.use_cpu=true", "training.disable_tqdm=true"],
     "evaluate": [],
+    "info": [],
 }
 
 
