@@ -61,7 +61,7 @@ def test_rows_far_apart(op, untouched_memory):
         torch.testing.assert_close(actual, wanted, **TOLERANCES[torch.float32])
 
 
-@pytest.mark.skipif(MEMORY < 12 * 2**30, reason="a tensor of 2^31 float32 elements does not fit")
+@pytest.mark.skipif(MEMORY < 20 * 2**30, reason="a tensor of 2^31 float32 elements may not fit beside other tests")
 def test_long_kernel(untouched_memory):
     """k[l] = 1 for all l: abar is 1."""
     k = ops.diagonal_kernel(torch.zeros(1, 1), torch.tensor([[[1.0], [2.0]]]), None, MANY // 2 + 5, disc=None)
@@ -69,7 +69,7 @@ def test_long_kernel(untouched_memory):
     assert (k[0, 0, -9:] == 1).all() and (k[0, 1, :9] == 2).all() and (k[0, 1, -9:] == 2).all()
 
 
-@pytest.mark.skipif(MEMORY < 12 * 2**30, reason="an output of 2^31 bfloat16 elements does not fit")
+@pytest.mark.skipif(MEMORY < 20 * 2**30, reason="an output of 2^31 bfloat16 elements may not fit beside other tests")
 def test_large_attention_output(untouched_memory):
     """Each query sees itself alone, so the output is v, whose rows are one row here."""
     L, Dv = 2**19 + 3, 4096
