@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import diagonal_kernel, diagonal_scan, diagonal_step, long_conv
-from .state_space import StateSpaceLayer
+from .state_space import StateSpaceLayer, parameter_dtype
 
 
 class EMA(StateSpaceLayer):
@@ -36,8 +36,7 @@ class EMA(StateSpaceLayer):
             raise ValueError(f"truncation is {truncation}, expected at least 1 or None")
         self.d_model, self.n_dim, self.bidirectional, self.truncation = d_model, n_dim, bidirectional, truncation
 
-        # Their own dtype, whatever the default one is: half-precision state space parameters diverge.
-        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        dtype = parameter_dtype()
         rows = 2 * d_model if bidirectional else d_model  # forward channels, then reverse ones
         for name in ("delta", "alpha", "beta", "gamma"):
             self.register_parameter(name, nn.Parameter(torch.empty(rows, n_dim, dtype=dtype)))

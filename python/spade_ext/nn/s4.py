@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from ..ops import diagonal_kernel, diagonal_scan, diagonal_step, long_conv, s4_kernel, s4_state, s4_step
 from .dplr import complex_product, state_as_input, truncate, untruncate
 from .hippo import DIAGONAL_INITS, DPLR_INITS, SMALLEST_RANK, diagonal_state_matrix, dplr
-from .state_space import StateSpaceLayer
+from .state_space import StateSpaceLayer, parameter_dtype
+
+
+def join_channels(y: Tensor) -> Tensor:
+    """(B, C, H, L) to (B, L, C H), channels outermost."""
+    return y.permute(0, 3, 1, 2).flatten(-2)
 
 
 class S4(StateSpaceLayer):
@@ -62,8 +67,7 @@ class S4(StateSpaceLayer):
         self.initial_l_max = self._nodes = l_max
         self._check_options()
 
-        # Their own dtype, whatever the default one is: half-precision state space parameters diverge.
-        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        dtype = parameter_dtype()
         S, H, N, C = n_ssm, d_model, d_state // 2, channels * (2 if bidirectional else 1)
         state_matrix = {"log_w_real": (S, N), "w_imag": (S, N), "B": (S, N, 2)}
         if kernel == "s4":
@@ -169,22 +173,21 @@ class S4(StateSpaceLayer):
 
     def convolve(self, u: Tensor, kernel: Tensor) -> Tensor:
         forward, reverse = kernel.chunk(2) if self.bidirectional else (kernel, None)
-        y = long_conv(u.mT, forward, self.D, reverse)  # (B, C, H, L)
-        return y.permute(0, 3, 1, 2).flatten(-2)
+        return join_channels(long_conv(u.mT, forward, self.D, reverse))
 
     def advance(self, u: Tensor, state: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         log_dt = self._log_dt(rate)
         if self.kernel == "s4d":
             y, state = diagonal_scan(u.mT, self.w, self.B, self.C, log_dt, state, disc=self.disc)
             y = y + self.D[..., None] * u.mT[:, None]
-            return y.permute(0, 3, 1, 2).flatten(-2), state
+            return join_channels(y), state
         w, P = self._every_channel(self.w), self._every_channel(self.P)
         b = torch.cat([self._every_channel(self.B)[None], state_as_input(state, w, P, log_dt)])
         k = s4_kernel(w, P, b, self.C, self.log_dt, u.size(1), nodes=self.nodes, rate=rate)
         y = long_conv(u.mT, k[0], self.D) + k[1:]
         with torch.no_grad():
             state = s4_state(u.mT, self.w, self.P, self.B, log_dt, state)
-        return y.permute(0, 3, 1, 2).flatten(-2), state
+        return join_channels(y), state
 
     def forward(
         self,

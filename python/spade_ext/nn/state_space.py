@@ -12,6 +12,11 @@ from .mask import ids_or_rows, matching_ids, real_tokens
 from .packing import Documents
 
 
+def parameter_dtype() -> torch.dtype:
+    """Of state space parameters, whatever the default dtype is: half-precision ones diverge."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
 class StateSpaceLayer(nn.Module, ABC):
     """A causal or two-sided state space model in each channel.
 
@@ -88,19 +93,24 @@ class StateSpaceLayer(nn.Module, ABC):
             y, state = self._advance(u, mask, segment_ids, state, options)
             return self.activate(y, wide).to(x.dtype), state
         if segment_ids is None and (mask is None or self.kernel_grows):
-            y = self.convolve(u, self.convolution_kernel(u.size(1), **options))
+            y = self._convolve_row(u, options)
         else:
             y = self._convolve_documents(u, Documents(ids_or_rows(segment_ids, mask), mask), options)
         return self.activate(y, wide).to(x.dtype)
 
+    def _convolve_row(self, u: Tensor, options: dict[str, Any]) -> Tensor:
+        return self.convolve(u, self.convolution_kernel(u.size(1), **options))
+
     def _convolve_documents(self, u: Tensor, documents: Documents, options: dict[str, Any]) -> Tensor:
+        if not len(documents.lengths):
+            return self._convolve_row(u, options)
         whole = self.convolution_kernel(u.size(1), **options) if self.kernel_grows else None
         parts = []
         for group in documents.groups(equal=not self.kernel_grows):
             part = documents.gather(u, group)
             kernel = self.convolution_kernel(part.size(1), **options) if whole is None else whole
             parts.append((group, self.convolve(part, kernel)))
-        return documents.scatter(parts) if parts else self.convolve(u, self.convolution_kernel(u.size(1), **options))
+        return documents.scatter(parts)
 
     def _advance(
         self, u: Tensor, mask: Tensor | None, segment_ids: Tensor | None, state: Tensor, options: dict[str, Any]
@@ -110,7 +120,7 @@ class StateSpaceLayer(nn.Module, ABC):
             return self.advance(u, state, **options)
         documents = Documents(ids_or_rows(segment_ids, mask), mask)
         if not len(documents.lengths):
-            return self.convolve(u, self.convolution_kernel(u.size(1), **options)), state.clone()
+            return self._convolve_row(u, options), state.clone()
         continues = torch.ones_like(documents.row, dtype=torch.bool)
         continues[1:] = documents.row[1:] != documents.row[:-1]
         before = torch.where(continues.view(-1, *(1,) * len(self.state_size)), state[documents.row], 0)
