@@ -1,0 +1,33 @@
+// Tables of functions that are compiled once for each level of the CPU and chosen at run time. The tables of
+// <name>_level.cpp (CMakeLists.txt, level_sources) begin with <name>. ATEN_CPU_CAPABILITY chooses another
+// level, as for torch.
+#pragma once
+
+#include <ATen/Version.h>
+
+#include <string>
+
+// Declares the constants DEFAULT::name, AVX2::name, AVX512::name of a type, and the function name() that
+// returns the one for this CPU. Stands in namespace spade_ext.
+#ifdef SPADE_EXT_X86_LEVELS
+#define SPADE_EXT_LEVELS(Type, name)                                                        \
+  namespace DEFAULT {                                                                       \
+  extern const Type name;                                                                   \
+  }                                                                                         \
+  namespace AVX2 {                                                                          \
+  extern const Type name;                                                                   \
+  }                                                                                         \
+  namespace AVX512 {                                                                        \
+  extern const Type name;                                                                   \
+  }                                                                                         \
+  inline const Type& name() {                                                               \
+    static const std::string level = at::get_cpu_capability();                              \
+    return level == "AVX512" ? AVX512::name : level == "AVX2" ? AVX2::name : DEFAULT::name; \
+  }
+#else
+#define SPADE_EXT_LEVELS(Type, name) \
+  namespace DEFAULT {                \
+  extern const Type name;            \
+  }                                  \
+  inline const Type& name() { return DEFAULT::name; }
+#endif
