@@ -32,6 +32,8 @@ OPTIONS = {
     "no_final_norm": {"final_norm": False},
     "postnorm_and_final_norm": {"prenorm": False, "final_norm": True, "ssm_combine": "add"},
     "frozen_ssm": {"ssm_lr": 0},
+    "ssm_alone": {"mixer": "ssm", "position_shared": True},
+    "causal_ssm_alone": {"mixer": "ssm", "ssm_kind": "ema", "causal": True},
 }
 all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -370,6 +372,7 @@ def test_regression_loss():
         ({"position_max_distance": 31}, r"position_max_distance is 31, expected at least position_num_buckets = 32"),
         ({"hidden_act": "gellu"}, r"hidden_act is 'gellu', expected an activation that transformers knows"),
         ({"pooling": "max"}, r"'pooling' expected one of \('mean', 'first', 'last'\), got max"),
+        ({"mixer": "full"}, r"'mixer' expected one of \('window', 'ssm'\), got full"),
         ({"ssm_kind": "s5"}, r"'ssm_kind' expected one of \('s4', 's4d', 'ema'\), got s5"),
     ],
 )

@@ -18,6 +18,8 @@ class SpadeConfig(PreTrainedConfig):
     Args:
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act: as in BERT.
         dropout: after the embedding, each sublayer and the activation of the feed-forward.
+        mixer: "window", local attention in every layer; or "ssm", a state space model alone in every layer, a
+            baseline that has no use for `window`, `position`, `ssm_layers` and `ssm_combine`.
         window: (left, right), the tokens that a token attends to before and after itself.
         causal: no token sees a later one, in attention and in the state space model; the same as a window whose
             right is 0, which makes it True.
@@ -51,6 +53,7 @@ class SpadeConfig(PreTrainedConfig):
     intermediate_size: int = 2048
     hidden_act: str = "gelu"
     dropout: float | int = 0.1
+    mixer: Literal["window", "ssm"] = "window"
     window: list[int] | tuple[int, ...] = (128, 128)
     causal: bool = False
     position: Literal["t5", "alibi", "simple", "rotary"] | None = "t5"
@@ -77,7 +80,7 @@ class SpadeConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs):
-        if len(self.window) == 2 and self.window[1] == 0:
+        if self.mixer == "window" and len(self.window) == 2 and self.window[1] == 0:
             self.causal = True
         super().__post_init__(**kwargs)
 
@@ -93,7 +96,8 @@ class SpadeConfig(PreTrainedConfig):
         heads, width = self.num_attention_heads, self.hidden_size
         check("num_attention_heads", width % heads == 0, f"a divisor of hidden_size = {width}")
         check("window", len(self.window) == 2 and min(self.window) >= 0, "(left, right), both 0 or more")
-        check("window", not self.causal or self.window[1] == 0, "a right of 0, since causal is True")
+        one_sided = self.mixer == "ssm" or not self.causal or self.window[1] == 0
+        check("window", one_sided, "a right of 0, since causal is True")
         check("hidden_act", self.hidden_act in ACT2FN, "an activation that transformers knows")
         layers = self.num_hidden_layers
         check("ssm_layers", _distinct_indices(self.ssm_layers, layers), f"distinct layers from 0 to {layers - 1}")

@@ -77,6 +77,23 @@ class SpadeMixer(nn.Module):
         return self.aggregate(torch.cat(both, dim=-1))
 
 
+class SsmMixer(nn.Module):
+    """Mixes tokens by a state space model alone, and channels by a gated Linear (S4's block, arXiv 2111.00396)."""
+
+    def __init__(self, config: SpadeConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.ssm = build_ssm(config)
+        self.activation = ACT2FN[config.hidden_act]
+        self.output = nn.Linear(width, 2 * width)
+
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None, position_bias: None
+    ) -> Tensor:
+        mixed = self.ssm(x, attention_mask=attention_mask, segment_ids=segment_ids)
+        return nn.functional.glu(self.output(self.activation(mixed)), dim=-1)
+
+
 class SpadeFeedForward(nn.Module):
     def __init__(self, config: SpadeConfig):
         super().__init__()
@@ -95,7 +112,7 @@ class SpadeLayer(GradientCheckpointingLayer):
     def __init__(self, config: SpadeConfig, layer: int):
         super().__init__()
         self.prenorm = config.prenorm
-        self.mixer = SpadeMixer(config, layer)
+        self.mixer = SsmMixer(config) if config.mixer == "ssm" else SpadeMixer(config, layer)
         self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = SpadeFeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -174,7 +191,8 @@ class SpadeModel(SpadePreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         attention_mask, segment_ids = real_tokens(attention_mask, x), matching_ids(segment_ids, x)
         x = self.dropout(x)
-        shared_bias = self.layers[0].mixer.attention.position_bias() if self.config.position_shared else None
+        shares = self.config.mixer == "window" and self.config.position_shared
+        shared_bias = self.layers[0].mixer.attention.position_bias() if shares else None
         for layer in self.layers:
             x = layer(x, attention_mask, segment_ids, shared_bias)
         return BaseModelOutput(last_hidden_state=self.norm(x))
