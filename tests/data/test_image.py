@@ -124,6 +124,21 @@ def test_collator():
     assert masked["attention_mask"].tolist() == [[False, True], [True, True]]
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(122.6 / 255, 61 / 255), (0.48, 0.24)])
+def test_normalized_pixels(folder, mean, deviation):
+    ids = Image(folder, "test")
+    normalized = Image(folder, "test", normalization=(mean, deviation))
+    items = [normalized[index] for index in (0, 3)]
+    assert items[0]["input_values"].dtype == torch.float32 and set(items[0]) == {"input_values", "labels"}
+    for item, index in zip(items, (0, 3), strict=True):
+        expected = (ids[index]["input_ids"].double() / 255 - mean) / deviation
+        torch.testing.assert_close(item["input_values"][:, 0].double(), expected, rtol=1e-6, atol=1e-6)
+        assert item["labels"] == ids[index]["labels"]
+    batch = Collator()(items)
+    assert set(batch) == {"input_values", "labels"} and batch["input_values"].shape == (2, 1024, 1)
+    assert torch.equal(batch["input_values"][1], items[1]["input_values"])
+
+
 def test_baselines(folder):
     train, test = Image(folder, "test"), Image(folder, "test")
     train.images, train.labels = torch.tensor([[0, 0], [2, 0], [9, 9]], dtype=torch.uint8), torch.tensor([3, 3, 7])
@@ -219,6 +234,11 @@ def test_every_file_is_needed(folder, tmp_path, name):
         ({"split": "dev"}, "split is 'dev', expected one of train, validation, test"),
         ({"split": "train", "grayscale": "cv2"}, "grayscale is 'cv2', expected 'tensorflow' or 'pillow'"),
         ({"split": "train", "validation": "first"}, "validation is 'first', expected 'last' or 'random'"),
+        (
+            {"split": "train", "normalization": [0.5, 0]},
+            r"normalization is \[0.5, 0\], expected a mean and a positive deviation",
+        ),
+        ({"split": "train", "normalization": [0.5]}, r"normalization is \[0.5\], expected a mean and a positive .*"),
     ],
 )
 def test_options_are_refused(folder, options, message):

@@ -219,6 +219,17 @@ def test_inputs_embeds_equal_input_ids():
     assert torch.equal(model(inputs_embeds=embedded).logits, model(ids).logits)
 
 
+def test_input_values_are_embedded_by_a_linear(tmp_path):
+    model, values = classifier(input_size=2), torch.randn(3, 20, 2)
+    logits = model(input_values=values).logits
+    embedded = values @ model.model.embed_values.weight.T + model.model.embed_values.bias
+    torch.testing.assert_close(model(inputs_embeds=embedded).logits, logits)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForSequenceClassification.from_pretrained(tmp_path)(input_values=values).logits, logits)
+    model(input_values=values, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.embed_values.parameters())
+
+
 @pytest.mark.parametrize("kind", ["s4", "s4d", "ema"])
 def test_causal_model_sees_no_later_token(kind):
     model = SpadeModel(config(causal=True, window=(3, 0), ssm_kind=kind)).eval().double()
@@ -344,6 +355,7 @@ def test_regression_loss():
     ("options", "message"),
     [
         ({"hidden_size": 0}, r"hidden_size is 0, expected at least 1"),
+        ({"input_size": 0}, r"input_size is 0, expected at least 1, or None"),
         ({"num_attention_heads": 3}, r"num_attention_heads is 3, expected a divisor of hidden_size = 16"),
         ({"window": (3,)}, r"window is \(3,\), expected \(left, right\), both 0 or more"),
         ({"causal": True}, r"window is \(3, 3\), expected a right of 0, since causal is True"),
@@ -383,8 +395,14 @@ def test_configurations_that_cannot_be(options, message):
 
 def test_wrong_inputs():
     model = classifier()
-    with pytest.raises(ValueError, match="input_ids and inputs_embeds are both or neither given, expected one"):
+    with pytest.raises(ValueError, match="given are no inputs, expected either input_ids or inputs_embeds"):
         model()
+    with pytest.raises(ValueError, match="given are input_ids, inputs_embeds, expected either input_ids or inputs_em"):
+        model(batch(), inputs_embeds=torch.zeros(3, 20, 16))
+    with pytest.raises(ValueError, match="given are input_ids, expected either input_values or inputs_embeds"):
+        classifier(input_size=1)(batch())
+    with pytest.raises(ValueError, match=r"input_values has shape \[3, 20\], expected \(B, L, 1\)"):
+        classifier(input_size=1)(input_values=torch.zeros(3, 20))
     with pytest.raises(ValueError, match=r"attention_mask has shape \[3, 1, 1, 20\], expected \[3, 20\], \(B, L\)"):
         model(batch(), torch.ones(3, 1, 1, 20))
     with pytest.raises(ValueError, match="segment_ids is given, expected none: a row is classified as one document"):

@@ -33,11 +33,13 @@ def recipe(tmp_path):
     return path
 
 
-def test_images_are_found_trained_on_and_evaluated(recipe, capsys):
+@pytest.mark.parametrize("options", [[], ["data.normalization=[0.48,0.24]"]], ids=["ids", "numbers"])
+def test_images_are_found_trained_on_and_evaluated(recipe, capsys, options):
     assert main(["data", str(recipe)]) == 0
     directory = recipe.parent / "cifar"
     assert capsys.readouterr().out == f"data: 45 train, 5 validation, 10 test images in {directory}\n"
-    assert main(["train", str(recipe)]) == 0
+    assert main(["info", str(recipe), *options]) == 0
+    assert main(["train", str(recipe), *options]) == 0
     assert main(["evaluate", str(recipe.parent / "run")]) == 0
     printed = capsys.readouterr().out
     assert "majority class   10.0%" in printed and "nearest mean" in printed
@@ -55,6 +57,11 @@ def test_black_is_a_pixel_like_others(recipe):
         (["data.grayscale=cv2"], "data.grayscale is 'cv2', expected 'tensorflow' or 'pillow'"),
         (["data.mask_black=1"], "data.mask_black is 1, expected bool"),
         (["data.directory=3"], "data.directory is 3, expected str"),
+        (["data.normalization=0.5"], "data.normalization is 0.5, expected "),
+        (
+            ["data.normalization=[0.48,0.24]", "data.mask_black=true"],
+            "data: mask_black is True beside a normalization, expected ids: padding is the id 0",
+        ),
         (["data.generate={}"], "data.generate is not a known key"),
         (["model.pad_token_id=0"], "model.pad_token_id is fixed by the task image, expected it to be left out"),
     ],

@@ -111,7 +111,8 @@ def _validation_order(size: int, how: Literal["last", "random"]) -> torch.Tensor
 class Image(Dataset):
     """One split of CIFAR-10 in grey, in memory, a byte a pixel.
 
-    Item: {"input_ids": (1024,) int64, grey values 0 to 255, row by row; "labels": int from 0 to 9}.
+    Item: {"input_ids": (1024,) int64, grey values 0 to 255, row by row; "labels": int from 0 to 9}; with
+    `normalization`, "input_values" (1024, 1) float32 in place of the ids.
 
     Args:
         directory: of the files data_batch_1 to data_batch_5 and test_batch, each with any number of images.
@@ -119,6 +120,8 @@ class Image(Dataset):
         grayscale: see `to_grey`.
         validation: "last" takes the last tenth of the images, as Long Range Arena does (in an order of its own);
             "random" the last tenth of torch's permutation with seed 42, which is the split of S4 and MEGA.
+        normalization: mean and standard deviation of grey values from 0 to 1, by which they become numbers, (0.4808,
+            0.2392) in S4 and (0.48, 0.24) in MEGA; None for ids, as Long Range Arena has them.
 
     Attributes:
         images: (N, 1024) uint8.
@@ -135,9 +138,13 @@ class Image(Dataset):
         *,
         grayscale: Literal["tensorflow", "pillow"] = "tensorflow",
         validation: Literal["last", "random"] = "last",
+        normalization: Sequence[float] | None = None,
     ):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        if normalization is not None and (len(normalization) != 2 or normalization[1] <= 0):
+            raise ValueError(f"normalization is {list(normalization)}, expected a mean and a positive deviation")
+        self.normalization = normalization
         batches = [read_batch(Path(directory) / name) for name in ([TEST_FILE] if split == "test" else TRAIN_FILES)]
         self.images = torch.from_numpy(np.concatenate([to_grey(images, grayscale) for images, _ in batches])).flatten(1)
         self.labels = torch.from_numpy(np.concatenate([labels for _, labels in batches]))
@@ -151,11 +158,15 @@ class Image(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        return {"input_ids": self.images[index].long(), "labels": int(self.labels[index])}
+        label = int(self.labels[index])
+        if self.normalization is None:
+            return {"input_ids": self.images[index].long(), "labels": label}
+        mean, deviation = self.normalization
+        return {"input_values": (self.images[index, :, None] / 255 - mean) / deviation, "labels": label}
 
 
 class Collator:
-    """Stacks items of `Image`: {"input_ids": (B, 1024) int64, "labels": (B,) int64}.
+    """Stacks items of `Image`: {"input_ids": (B, 1024) int64 or "input_values": (B, 1024, 1), "labels": (B,) int64}.
 
     With `mask_black`, also "attention_mask" (B, 1024) bool, False at black pixels: the baseline of Long Range Arena
     takes their value, 0, for padding.
@@ -165,10 +176,10 @@ class Collator:
         self.mask_black = mask_black
 
     def __call__(self, items: Sequence[dict[str, torch.Tensor | int]]) -> dict[str, torch.Tensor]:
-        input_ids = torch.stack([item["input_ids"] for item in items])
-        labels = torch.tensor([item["labels"] for item in items])
-        mask = {"attention_mask": input_ids != 0} if self.mask_black else {}
-        return {"input_ids": input_ids, **mask, "labels": labels}
+        batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "labels"}
+        if self.mask_black:
+            batch["attention_mask"] = batch["input_ids"] != 0
+        return {**batch, "labels": torch.tensor([item["labels"] for item in items])}
 
 
 def nearest_mean_accuracy(train: Image, test: Image) -> float:

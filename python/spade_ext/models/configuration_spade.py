@@ -17,6 +17,8 @@ class SpadeConfig(PreTrainedConfig):
 
     Args:
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act: as in BERT.
+        input_size: numbers a token, for sequences of numbers such as grey values in place of `vocab_size` ids: a Linear
+            embeds them. None for ids.
         dropout: after the embedding, each sublayer and the activation of the feed-forward.
         mixer: "window", local attention in every layer; or "ssm", a state space model alone in every layer, a
             baseline that has no use for `window`, `position`, `ssm_layers` and `ssm_combine`.
@@ -47,6 +49,7 @@ class SpadeConfig(PreTrainedConfig):
     model_type = "spade"
 
     vocab_size: int = 32128
+    input_size: int | None = None
     hidden_size: int = 512
     num_hidden_layers: int = 6
     num_attention_heads: int = 8
@@ -93,6 +96,7 @@ class SpadeConfig(PreTrainedConfig):
 
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             check(name, getattr(self, name) > 0, "at least 1")
+        check("input_size", self.input_size is None or self.input_size > 0, "at least 1, or None")
         heads, width = self.num_attention_heads, self.hidden_size
         check("num_attention_heads", width % heads == 0, f"a divisor of hidden_size = {width}")
         check("window", len(self.window) == 2 and min(self.window) >= 0, "(left, right), both 0 or more")

@@ -141,6 +141,10 @@ class SpadePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": SpadeLayer}
 
+    def __init__(self, config: SpadeConfig):
+        super().__init__(config)
+        self.main_input_name = "input_ids" if config.input_size is None else "input_values"
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Attention's Linears are visited before their LocalAttention, which gives them the weights that stay.
@@ -156,13 +160,31 @@ class SpadeModel(SpadePreTrainedModel):
 
     def __init__(self, config: SpadeConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        if config.input_size is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        else:
+            self.embed_values = nn.Linear(config.input_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(SpadeLayer(config, layer) for layer in range(config.num_hidden_layers))
         final_norm = config.prenorm if config.final_norm is None else config.final_norm
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, input_values: Tensor | None) -> Tensor:
+        size = self.config.input_size
+        inputs = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
+        given = [name for name, value in inputs.items() if value is not None]
+        kind = "input_ids" if size is None else "input_values"
+        if given == ["inputs_embeds"]:
+            return inputs_embeds
+        if given != [kind]:
+            raise ValueError(f"given are {', '.join(given) or 'no inputs'}, expected either {kind} or inputs_embeds")
+        if size is None:
+            return self.embed_tokens(input_ids)
+        if input_values.dim() != 3 or input_values.size(-1) != size:
+            raise ValueError(f"input_values has shape {list(input_values.shape)}, expected (B, L, {size})")
+        return self.embed_values(input_values)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -171,6 +193,7 @@ class SpadeModel(SpadePreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        input_values: Tensor | None = None,
         segment_ids: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
@@ -178,6 +201,7 @@ class SpadeModel(SpadePreTrainedModel):
 
         Args:
             input_ids: (B, L), token ids; or
+            input_values: (B, L, input_size), where the configuration has an input_size; or
             inputs_embeds: (B, L, D), what the embedding would give.
             attention_mask: (B, L), True or 1 at real tokens, which may be padded on either side.
             segment_ids: (B, L), integers, of packed rows: a run of equal ids is a document, which sees only itself.
@@ -186,9 +210,7 @@ class SpadeModel(SpadePreTrainedModel):
         Returns:
             BaseModelOutput with last_hidden_state (B, L, D). What it holds at padded tokens means nothing.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids and inputs_embeds are both or neither given, expected one of them")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self._embed(input_ids, inputs_embeds, input_values)
         attention_mask, segment_ids = real_tokens(attention_mask, x), matching_ids(segment_ids, x)
         x = self.dropout(x)
         shares = self.config.mixer == "window" and self.config.position_shared
@@ -243,12 +265,13 @@ class SpadeForSequenceClassification(SpadePreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        input_values: Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
         """Classify a batch of sequences.
 
         Args:
-            input_ids, attention_mask, inputs_embeds: see `SpadeModel.forward`.
+            input_ids, attention_mask, inputs_embeds, input_values: see `SpadeModel.forward`.
             labels: (B,) int64 for classes; (B,) or (B, num_labels) floating point for regression, as
                 `config.problem_type` says, or num_labels and the labels' dtype where it is None.
 
@@ -257,7 +280,7 @@ class SpadeForSequenceClassification(SpadePreTrainedModel):
         """
         if kwargs.get("segment_ids") is not None:
             raise ValueError("segment_ids is given, expected none: a row is classified as one document")
-        outputs = self.model(input_ids, attention_mask, inputs_embeds, **kwargs)
+        outputs = self.model(input_ids, attention_mask, inputs_embeds, input_values, **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
         loss = None
         if labels is not None:

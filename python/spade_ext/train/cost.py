@@ -198,10 +198,10 @@ def recipe_costs(recipe: Recipe, lengths: Iterable[int]) -> tuple[PreTrainedMode
     with torch.device("meta"):
         model = SpadeForSequenceClassification(recipe.model_config())
     batch = recipe.training_arguments().per_device_train_batch_size
-    collate = recipe.make_task().collator()
+    task = recipe.make_task()
+    collate = task.collator()
     costs = {}
     for length in lengths:
-        item = {"input_ids": torch.zeros(length, dtype=torch.int64), "labels": 0}
-        inputs = {name: tensor.to("meta") for name, tensor in collate([item] * batch).items()}
+        inputs = {name: tensor.to("meta") for name, tensor in collate([task.blank(length)] * batch).items()}
         costs[length] = step_cost(model, inputs)
     return model, costs

@@ -57,11 +57,7 @@ class Recipe:
         task = TASKS[self.task]
         for section in ("data", "model", "training"):
             _check_section(section, getattr(self, section))
-        for key in self.model:
-            if key in task.model_options:
-                raise ValueError(f"model.{key} is fixed by the task {self.task}, expected it to be left out")
         _check_keys("data.", self.data, _keys(task))
-        _check_keys("model.", self.model, _keys(SpadeConfig))
         _check_keys("training.", self.training, _keys(TrainingArguments))
         _check_required("data", self.data, task)
         _check_types("data", self.data, get_type_hints(task))
@@ -69,6 +65,10 @@ class Recipe:
         generate = self.data.get("generate", {})
         _check_keys("data.generate.", generate, list(task.generate_options))
         _check_types("data.generate", generate, task.generate_options)
+        for key in self.make_task().model_options:
+            if key in self.model:
+                raise ValueError(f"model.{key} is fixed by the task {self.task}, expected it to be left out")
+        _check_keys("model.", self.model, _keys(SpadeConfig))
         try:
             self.model_config()  # checks its own types and combinations
         except StrictDataclassError as error:
@@ -116,10 +116,13 @@ class Recipe:
                     yield f"{section}.{key}", f"{new!r} instead of {old!r}"
 
     def make_task(self) -> Any:
-        return TASKS[self.task](**self.data)
+        try:
+            return TASKS[self.task](**self.data)
+        except ValueError as error:
+            raise ValueError(f"data: {error}") from None
 
     def model_config(self) -> SpadeConfig:
-        return SpadeConfig(**{**TASKS[self.task].model_options, **self.model})
+        return SpadeConfig(**{**self.make_task().model_options, **self.model})
 
     def training_arguments(self) -> TrainingArguments:
         try:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch.utils.data import Dataset
 
 from ..data import image, listops
@@ -26,11 +27,6 @@ class ListOpsTask:
     max_length: int = 2000
     generate: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    model_options: ClassVar[dict[str, Any]] = {
-        "vocab_size": listops.VOCAB_SIZE,
-        "num_labels": listops.NUM_LABELS,
-        "pad_token_id": listops.PAD_ID,
-    }
     generate_options: ClassVar[dict[str, Any]] = {
         name: parameter.annotation
         for name, parameter in inspect.signature(listops.generate).parameters.items()
@@ -39,9 +35,23 @@ class ListOpsTask:
     splits: ClassVar[tuple[str, ...]] = tuple(listops.FILES)
 
     @property
+    def model_options(self) -> dict[str, Any]:
+        """Fields of SpadeConfig that the task fixes."""
+        return {
+            "vocab_size": listops.VOCAB_SIZE,
+            "input_size": None,
+            "num_labels": listops.NUM_LABELS,
+            "pad_token_id": listops.PAD_ID,
+        }
+
+    @property
     def length(self) -> int:
         """Tokens of the longest sequence."""
         return self.max_length
+
+    def blank(self, length: int) -> dict[str, Any]:
+        """An item of `length` tokens that says nothing, to count what it costs."""
+        return {"input_ids": torch.zeros(length, dtype=torch.int64), "labels": 0}
 
     def make_data(self) -> str:
         """Generate the files, unless the directory already holds exactly them, and say where they are."""
@@ -69,23 +79,39 @@ class ImageTask:
 
     Args:
         directory: of CIFAR-10's Python version, data_batch_1 to data_batch_5 and test_batch.
-        grayscale, validation: see `spade_ext.data.image.Image`.
+        grayscale, validation, normalization: see `spade_ext.data.image.Image`.
         mask_black: black pixels are padding, see `spade_ext.data.image.Collator`.
     """
 
     directory: str
     grayscale: Literal["tensorflow", "pillow"] = "tensorflow"
     validation: Literal["last", "random"] = "last"
+    normalization: list[float] | None = None
     mask_black: bool = False
 
-    model_options: ClassVar[dict[str, Any]] = {
-        "vocab_size": image.VOCAB_SIZE,
-        "num_labels": image.NUM_LABELS,
-        "pad_token_id": None,
-    }
     generate_options: ClassVar[dict[str, Any]] = {}
     splits: ClassVar[tuple[str, ...]] = image.SPLITS
     length: ClassVar[int] = image.LENGTH
+
+    def __post_init__(self):
+        if self.mask_black and self.normalization is not None:
+            raise ValueError("mask_black is True beside a normalization, expected ids: padding is the id 0")
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Fields of SpadeConfig that the task fixes."""
+        return {
+            "vocab_size": image.VOCAB_SIZE,
+            "input_size": None if self.normalization is None else 1,
+            "num_labels": image.NUM_LABELS,
+            "pad_token_id": None,
+        }
+
+    def blank(self, length: int) -> dict[str, Any]:
+        """An item of `length` pixels that says nothing, to count what it costs."""
+        if self.normalization is None:
+            return {"input_ids": torch.zeros(length, dtype=torch.int64), "labels": 0}
+        return {"input_values": torch.zeros(length, 1), "labels": 0}
 
     def make_data(self) -> str:
         """Read all files, which cannot be made, and say what was found."""
@@ -93,7 +119,13 @@ class ImageTask:
         return f"{sizes} images in {self.directory}"
 
     def dataset(self, split: str) -> Dataset:
-        return image.Image(self.directory, split, grayscale=self.grayscale, validation=self.validation)
+        return image.Image(
+            self.directory,
+            split,
+            grayscale=self.grayscale,
+            validation=self.validation,
+            normalization=self.normalization,
+        )
 
     def collator(self) -> Callable:
         return image.Collator(self.mask_black)
