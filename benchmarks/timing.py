@@ -28,6 +28,14 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def machine() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{cpu_name()}, {os.cpu_count()} cores, {capability}; threads: {torch.get_num_threads()}; float32; "
+        f"torch {torch.__version__}, spade_ext {spade_ext.__version__}"
+    )
+
+
 def forward_backward(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     y = op(*inputs)
     return y, *torch.autograd.grad(y, inputs, grad)
@@ -54,11 +62,9 @@ class Benchmark:
         self.sgemm = 2 * n**3 / seconds["sgemm"] / 1e9
         self.copy = 2 * source.nbytes / seconds["copy"] / 1e9
 
-        capability = torch.backends.cpu.get_cpu_capability()
         print(f"{description}\n")
-        print(f"CPU: {cpu_name()}, {os.cpu_count()} cores, {capability}; threads: {self.threads}; float32")
-        print(f"torch {torch.__version__}, spade_ext {spade_ext.__version__}; medians of {self.runs} interleaved runs")
-        print(f"memory: {memory}")
+        print(f"CPU: {machine()}")
+        print(f"medians of {self.runs} interleaved runs; memory: {memory}")
         print(f"sgemm {n}: {self.sgemm:.1f} GFLOP/s")
         print(f"copy of {source.nbytes >> 20} MiB: {self.copy:.1f} GB/s, reads and writes counted\n")
         print("| case | pass | ours, ms | peer | peer, ms | peer / ours | GFLOP/s | of sgemm | GB/s | of copy |")
