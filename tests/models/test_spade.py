@@ -222,6 +222,9 @@ def test_inputs_embeds_equal_input_ids():
 def test_input_values_are_embedded_by_a_linear(tmp_path):
     model, values = classifier(input_size=2), torch.randn(3, 20, 2)
     logits = model(input_values=values).logits
+    assert (
+        model.model.embed_values.bias.std() > 0.1
+    )  # with equal biases a LayerNorm would see a lone number's sign only
     embedded = values @ model.model.embed_values.weight.T + model.model.embed_values.bias
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, logits)
     model.save_pretrained(tmp_path)

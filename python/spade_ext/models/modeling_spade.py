@@ -133,6 +133,13 @@ class SpadeLayer(GradientCheckpointingLayer):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
+class SpadeValueEmbedding(nn.Linear):
+    """Numbers to vectors. Its biases start as torch's, not at 0, where a LayerNorm would leave a lone number's sign."""
+
+
+_OWN_INITIAL_VALUES = (LocalAttention, RelativePositionBias, AlibiBias, SimpleBias, RotaryBias, SpadeValueEmbedding)
+
+
 class SpadePreTrainedModel(PreTrainedModel):
     config: SpadeConfig
     base_model_prefix = "model"
@@ -151,7 +158,7 @@ class SpadePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, StateSpaceLayer):
             module.reset_parameters(init.copy_)
-        elif isinstance(module, (LocalAttention, RelativePositionBias, AlibiBias, SimpleBias, RotaryBias)):
+        elif isinstance(module, _OWN_INITIAL_VALUES):
             module.reset_parameters()
 
 
@@ -163,7 +170,7 @@ class SpadeModel(SpadePreTrainedModel):
         if config.input_size is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         else:
-            self.embed_values = nn.Linear(config.input_size, config.hidden_size)
+            self.embed_values = SpadeValueEmbedding(config.input_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(SpadeLayer(config, layer) for layer in range(config.num_hidden_layers))
         final_norm = config.prenorm if config.final_norm is None else config.final_norm
