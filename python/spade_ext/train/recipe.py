@@ -19,6 +19,9 @@ from .tasks import TASKS
 
 RECIPE_FILE = "recipe.yaml"
 
+# Other than those of TrainingArguments: every parameter of our models gets a gradient, so none is searched for.
+_TRAINING_DEFAULTS = {"ddp_find_unused_parameters": False}
+
 
 class _Loader(yaml.SafeLoader):
     """YAML in which `1e-3` is a number and `no`, a strategy of TrainingArguments, is a string."""
@@ -123,7 +126,7 @@ class Recipe:
 
     def training_arguments(self) -> TrainingArguments:
         try:
-            return TrainingArguments(**self.training)
+            return TrainingArguments(**{**_TRAINING_DEFAULTS, **self.training})
         except (ValueError, ImportError) as error:
             raise ValueError(f"training: {error}") from error
 
