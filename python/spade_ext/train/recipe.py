@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -68,12 +69,14 @@ class Recipe:
         _check_keys("training.", self.training, _keys(TrainingArguments))
         _check_required("data", self.data, task)
         _check_types("data", self.data, get_type_hints(task))
+        own = SpadeConfig.__annotations__  # those of transformers are not all resolvable, and checked with the rest
+        _check_types("model", {key: value for key, value in self.model.items() if key in own}, own)
         _check_types("training", self.training, get_type_hints(TrainingArguments))
         generate = self.data.get("generate", {})
         _check_keys("data.generate.", generate, list(task.generate_options))
         _check_types("data.generate", generate, task.generate_options)
         try:
-            self.model_config()  # checks its own types and combinations
+            self.model_config()
         except StrictDataclassError as error:
             raise ValueError(f"model: {error.__cause__ or error}") from None
         if not self.training.get("output_dir"):
@@ -188,6 +191,9 @@ def _check_types(section: str, content: Mapping[str, Any], hints: Mapping[str, A
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
+    enums = [option for option in get_args(hint) if isinstance(option, type) and issubclass(option, Enum)]
+    if names := [member.value for enum in enums for member in enum]:  # TrainingArguments takes the names too
+        hint = Literal[tuple(names)]
     candidates = [value, float(value)] if type(value) is int else [value]  # an int is a float too
     for candidate in candidates:
         try:
