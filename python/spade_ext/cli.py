@@ -1,8 +1,11 @@
 """The command `spade-ext`."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 _TRAIN_PACKAGES = (
@@ -45,6 +48,30 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _is_first() -> bool:
+    """Whether this is the only process or, of those that torchrun started, the one that speaks and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """What several processes do together: the first one reports an error, and they part at the end.
+
+    An error is one of all processes, or follows from that of another one, whose end torchrun answers by ending all. So
+    the others wait for that, and only what concerns them alone is reported by them.
+    """
+    try:
+        yield
+    except Exception:
+        if not _is_first():
+            time.sleep(5)
+        raise
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _prepare() -> None:
     from transformers.utils import logging
 
@@ -57,7 +84,9 @@ def _prepare() -> None:
 def _data(arguments: argparse.Namespace) -> None:
     from .train import Recipe
 
-    print(f"data: {Recipe.load(arguments.recipe, arguments.overrides).make_task().make_data()}")
+    task = Recipe.load(arguments.recipe, arguments.overrides).make_task()
+    if _is_first():
+        print(f"data: {task.make_data()}")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -67,6 +96,8 @@ def _train(arguments: argparse.Namespace) -> None:
     _prepare()
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     metrics = train(recipe)
+    if not _is_first():
+        return
     folder = Path(recipe.training["output_dir"])
     steps, seconds = metrics["history"][-1]["step"], metrics["train_runtime"]
     print(f"validation accuracy: {metrics['eval_accuracy']:.1%} after {steps:,} steps, {seconds:.0f} s since the start")
@@ -77,6 +108,8 @@ def _info(arguments: argparse.Namespace) -> None:
     from .train import Recipe
     from .train.cost import recipe_costs, training_memory
 
+    if not _is_first():
+        return
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     batch, length = recipe.training_arguments().per_device_train_batch_size, recipe.make_task().length
     model, costs = recipe_costs(recipe, sorted({256, 1024, 4096, 16384, length}))
@@ -103,6 +136,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _prepare()
     split = arguments.split
     metrics = evaluate(arguments.run, split=split, overrides=arguments.overrides)
+    if not _is_first():
+        return
     rows = {"SPADE": metrics[f"{split}_accuracy"], **metrics["baselines"]}
     print(f"accuracy on the {split} split")
     for name, value in rows.items():
@@ -126,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     command = {"data": _data, "train": _train, "info": _info, "evaluate": _evaluate}[arguments.command]
     try:
-        command(arguments)
+        with _processes():
+            command(arguments)
     except (ValueError, OSError) as error:
         return _fail(_sentence(error))
     except ModuleNotFoundError as error:

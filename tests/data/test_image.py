@@ -222,10 +222,18 @@ def test_every_file_is_needed(folder, tmp_path, name):
         if path.name != name:
             (tmp_path / path.name).symlink_to(path)
     with pytest.raises(
-        FileNotFoundError, match=rf"{name} does not exist, expected the files data_batch_1 to data_batch_5"
+        FileNotFoundError, match=rf"{name} is not a file, expected the files data_batch_1 to data_batch_5"
     ):
         for split in image.SPLITS:
             Image(tmp_path, split)
+
+
+def test_a_folder_in_the_place_of_a_file(folder, tmp_path):
+    (tmp_path / "test_batch").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match="test_batch is not a file, expected the files data_batch_1 to data_batch_5"
+    ):
+        Image(tmp_path, "test")
 
 
 @pytest.mark.parametrize(

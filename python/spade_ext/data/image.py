@@ -41,9 +41,9 @@ class _BatchUnpickler(pickle.Unpickler):
 
 
 def _unpickle(path: Path) -> Any:
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist, expected the files {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE} of "
+            f"{path} is not a file, expected the files {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE} of "
             "CIFAR-10's Python version"
         )
     content = io.BytesIO(path.read_bytes())

@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,9 @@ from ..models import SpadeConfig
 from .tasks import TASKS
 
 RECIPE_FILE = "recipe.yaml"
+
+# Other than those of TrainingArguments: every parameter of our models gets a gradient, so none is searched for.
+_TRAINING_DEFAULTS = {"ddp_find_unused_parameters": False}
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,6 +65,8 @@ class Recipe:
         _check_keys("training.", self.training, _keys(TrainingArguments))
         _check_required("data", self.data, task)
         _check_types("data", self.data, get_type_hints(task))
+        own = SpadeConfig.__annotations__  # those of transformers are not all resolvable, and checked with the rest
+        _check_types("model", {key: value for key, value in self.model.items() if key in own}, own)
         _check_types("training", self.training, get_type_hints(TrainingArguments))
         generate = self.data.get("generate", {})
         _check_keys("data.generate.", generate, list(task.generate_options))
@@ -70,7 +76,7 @@ class Recipe:
                 raise ValueError(f"model.{key} is fixed by the task {self.task}, expected it to be left out")
         _check_keys("model.", self.model, _keys(SpadeConfig))
         try:
-            self.model_config()  # checks its own types and combinations
+            self.model_config()
         except StrictDataclassError as error:
             raise ValueError(f"model: {error.__cause__ or error}") from None
         if not self.training.get("output_dir"):
@@ -126,7 +132,7 @@ class Recipe:
 
     def training_arguments(self) -> TrainingArguments:
         try:
-            return TrainingArguments(**self.training)
+            return TrainingArguments(**{**_TRAINING_DEFAULTS, **self.training})
         except (ValueError, ImportError) as error:
             raise ValueError(f"training: {error}") from error
 
@@ -188,6 +194,9 @@ def _check_types(section: str, content: Mapping[str, Any], hints: Mapping[str, A
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
+    enums = [option for option in get_args(hint) if isinstance(option, type) and issubclass(option, Enum)]
+    if names := [member.value for enum in enums for member in enum]:  # TrainingArguments takes the names too
+        hint = Literal[tuple(names)]
     candidates = [value, float(value)] if type(value) is int else [value]  # an int is a float too
     for candidate in candidates:
         try:

@@ -69,10 +69,15 @@ def _checkpoint_to_resume(recipe: Recipe, given: str | None) -> tuple[Path | Non
     return Path(given), []
 
 
-def _check_resumable(recipe: Recipe, checkpoint: Path) -> list[str]:
+def _check_resumable(recipe: Recipe, checkpoint: Path, processes: int) -> list[str]:
     """Refuse to go on where the recipe is another one; return the differences that do not matter, as sentences."""
     if not (checkpoint / "scheduler.pt").is_file():
         raise ValueError(f"{checkpoint} holds a model only, expected one saved with training.save_only_model=false")
+    if (before := len(list(checkpoint.glob("rng_state*.pth")))) != processes:
+        raise ValueError(
+            f"{checkpoint} was saved by {before} processes, expected {processes} as now, or another "
+            "training.output_dir to start anew"
+        )
     changes = []
     for field, change in recipe.differences(Recipe.load(checkpoint / RECIPE_FILE)):
         if field in _PLACES:
@@ -119,7 +124,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     folder = Path(recipe.training["output_dir"])
     task, arguments = recipe.make_task(), recipe.training_arguments()
     checkpoint, problems = _checkpoint_to_resume(recipe, arguments.resume_from_checkpoint)
-    changes = _check_resumable(recipe, checkpoint) if checkpoint else []
+    changes = _check_resumable(recipe, checkpoint, arguments.world_size) if checkpoint else []
     set_seed(arguments.seed)
     datasets = {split: task.dataset(split) for split in ("train", "validation")}
     model = SpadeForSequenceClassification(recipe.model_config())

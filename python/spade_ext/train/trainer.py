@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_parameter_names
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from .checkpoint import STAGING, find_damage, prune, publish, saving
 from .recipe import RECIPE_FILE, Recipe
@@ -111,8 +111,20 @@ class SpadeTrainer(Trainer):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = SeededLengthGroupedSampler(sampler.batch_size, sampler.lengths, seed)
+            batch_size = sampler.batch_size * self.args.world_size  # that of all processes, which share the order
+            sampler = SeededLengthGroupedSampler(batch_size, sampler.lengths, seed)
         return sampler
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's, but the loss is the mean over the rows.
+
+        Its own counts the last batch as a full one, and with several processes the rows that fill it up.
+        """
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        logits, labels = map(torch.from_numpy, (output.predictions, output.label_ids))
+        loss = self.model.loss_function(labels=labels, pooled_logits=logits, config=self.model.config)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+        return output
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer writes, and deletes, checkpoints."""
@@ -152,7 +164,10 @@ class SpadeTrainer(Trainer):
             damage = find_damage(best)
             self.state.best_model_checkpoint = None if damage else str(best)
             if damage and self.args.load_best_model_at_end:
-                logger.warning("%s, the best so far, is not whole: %s; the best after it takes its place", best, damage)
+                if self.is_world_process_zero():
+                    logger.warning(
+                        "%s, the best so far, is not whole: %s; the best after it takes its place", best, damage
+                    )
                 self.state.best_metric = self.state.best_global_step = None
         return position
 
