@@ -1,6 +1,6 @@
 """Where the time of a recipe's training step goes, by torch's profiler: its own time of every op, summed by kind.
 
-The batch is one of the recipe's data where that is present, else of random tokens at the recipe's length.
+The batch is one of the recipe's data where that is present, else of blank sequences of the recipe's length.
 """
 
 import argparse
@@ -35,9 +35,7 @@ def make_batch(recipe: Recipe, size: int) -> tuple[dict[str, Tensor], str]:
     try:
         dataset = task.dataset("train")
     except FileNotFoundError:
-        config = recipe.model_config()
-        ids = torch.randint(1, config.vocab_size, (size, task.length))
-        return {"input_ids": ids, "labels": torch.randint(config.num_labels, (size,))}, "random tokens"
+        return task.collator()([task.blank(task.length)] * size), "blank"
     chosen = torch.randperm(len(dataset))[:size].tolist()
     return task.collator()([dataset[index] for index in chosen]), "the recipe's data"
 
@@ -96,8 +94,9 @@ def main() -> None:
             step()
 
     total = statistics.median(sum(seconds.values()) for seconds in measured)
-    tokens = batch["input_ids"].numel()
-    print(f"{options.recipe}: {size} sequences of {batch['input_ids'].shape[1]:,} tokens, {source}")
+    inputs = next(tensor for name, tensor in batch.items() if name.startswith("input"))
+    tokens = size * inputs.shape[1]
+    print(f"{options.recipe}: {size} sequences of {inputs.shape[1]:,} tokens, {source}")
     print(f"CPU: {cpu_name()}; threads: {options.threads}; torch {torch.__version__}; memory: {memory}")
     print(f"step: {1e3 * total:,.1f} ms, median of {runs}; {tokens / total:,.0f} tokens/s\n")
     print("| phase | ms | share |\n|---|---:|---:|")

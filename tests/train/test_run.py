@@ -182,7 +182,7 @@ def test_bugs_keep_their_traceback(run, monkeypatch, raised):
         (["train", "{recipe}", "data.directory=none", "training.output_dir=x"], "basic_train.tsv does not exist"),
         (["train", "{recipe}", "data={{}}"], "data.directory is missing"),
         (["train", "{recipe}", "training.output_dir={recipe}"], "File exists: "),
-        (["train", "{recipe}", "training.output_dir=x", "training.eval_strategy=never"], "training: "),
+        (["train", "{recipe}", "training.output_dir=x", "training.eval_strategy=never"], "training.eval_strategy is "),
         (["train", "{recipe}", "training.output_dir={output}/x", "training.report_to=nonsense"], "training: "),
         (["train", "{recipe}", "training.resume_from_checkpoint=none"], "expected a checkpoint's folder"),
         (["train", "{output}"], "is not a file, expected a recipe"),

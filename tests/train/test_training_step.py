@@ -17,7 +17,7 @@ def test_shares(tmp_path, memory):
     command = [sys.executable, "benchmarks/training_step.py", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     output = subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True, text=True).stdout
-    assert "2 sequences of 100 tokens, random tokens" in output
+    assert "2 sequences of 100 tokens, blank" in output
     assert f"memory: {'not ' if memory.startswith('--no') else ''}kept" in output
     phases = re.findall(r"^\| (forward|backward|optimizer) \| .* \| ([\d.]+)% \|$", output, re.MULTILINE)
     kinds = re.findall(r"^\| (GEMM|attention|SSM|optimizer|rest) \| ([\d.]+)% \|$", output, re.MULTILINE)
