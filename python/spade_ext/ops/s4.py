@@ -42,13 +42,9 @@ def s4_kernel_ref(
     w: Tensor, p: Tensor, b: Tensor, c: Tensor, log_dt: Tensor, length: int, *, nodes: int, rate: float = 1.0
 ) -> Tensor:
     """`s4_kernel` by powers of dense matrices: k[l] = c Abar^l (I - Abar^n)^-1 Bbar, n roots of unity."""
-    matrix, row = state_matrix(w, p, log_dt), output_rows(c)
-    step = bilinear(matrix, log_dt)[0]
-    while round(nodes / rate) < max(length, 1):
-        row = row + times_power(row, step, nodes)
-        nodes *= 2
-    step, input_step = bilinear(matrix, log_dt, rate)
-    truncation = torch.eye(step.size(-1), dtype=torch.float64) - torch.linalg.matrix_power(step, round(nodes / rate))
+    row, nodes = output_rows(c), max(round(nodes / rate), 1)
+    step, input_step = bilinear(state_matrix(w, p, log_dt), log_dt, rate)
+    truncation = torch.eye(step.size(-1), dtype=torch.float64) - torch.linalg.matrix_power(step, nodes)
     columns = b.double().repeat(1, log_dt.size(0) // w.size(0), 1, 1).mT.flatten(2)  # (M, H, 2N)
     state = torch.linalg.solve(truncation, input_step @ columns[..., None]).squeeze(-1)
     rows = row.unsqueeze(0)  # c Abar^l, (L, C, H, 2N)
