@@ -58,115 +58,107 @@ void reciprocals(const CauchyBlock& x) {
   }
 }
 
-// x <- a^-1 x for a (n, n) and x (n, columns), both overwritten: Gauss-Jordan elimination. No row changes
-// place: the Hermitian part of a is at least the identity's, and so is that of what remains. Rows are scaled
-// by their largest element. Where dependent rows of p leave a pivot that is a rounding error, it becomes one
-// that is sure to be positive.
-void eliminate(int64_t n, double* a, double* x, int64_t columns, int64_t node) {
-  const Vec rounding(0x1p-48);
+// x <- a^-1 for a (n, n), overwritten: Gauss-Jordan elimination. No row changes place: the Hermitian part of
+// a is at least the identity's, and so is that of what remains. Rows are scaled by their largest element.
+// Where dependent rows of p leave a pivot that is a rounding error, it becomes one that is sure to be
+// positive.
+void invert(int64_t n, double* a, double* x, int64_t node) {
+  if (n == 1) return reciprocal(Complex::load(a, 0, node)).store(x, 0, node);
+  const Vec rounding(0x1p-48), zero(0.0), one(1.0);
   for (int64_t i = 0; i < n; ++i) {
     Vec largest(0.0);
     for (int64_t j = 0; j < n; ++j)
       largest = at::vec::maximum(largest, size(Complex::load(a, i * n + j, node)));
-    const Vec scale = Vec(1.0) / largest;
-    for (int64_t j = 0; j < n; ++j) (scale * Complex::load(a, i * n + j, node)).store(a, i * n + j, node);
-    for (int64_t j = 0; j < columns; ++j) {
-      (scale * Complex::load(x, i * columns + j, node)).store(x, i * columns + j, node);
+    const Vec scale = one / largest;
+    for (int64_t j = 0; j < n; ++j) {
+      (scale * Complex::load(a, i * n + j, node)).store(a, i * n + j, node);
+      Complex{i == j ? scale : zero, zero}.store(x, i * n + j, node);
     }
   }
   for (int64_t k = 0; k < n; ++k) {
     const Complex pivot = Complex::load(a, k * n + k, node);
     const Vec lost = size(pivot) < rounding;
     const Complex inverse =
-        reciprocal({Vec::blendv(pivot.re, rounding, lost), Vec::blendv(pivot.im, Vec(0.0), lost)});
-    for (int64_t j = k + 1; j < n; ++j) {
-      (inverse * Complex::load(a, k * n + j, node)).store(a, k * n + j, node);
-    }
-    for (int64_t j = 0; j < columns; ++j) {
-      (inverse * Complex::load(x, k * columns + j, node)).store(x, k * columns + j, node);
-    }
+        reciprocal({Vec::blendv(pivot.re, rounding, lost), Vec::blendv(pivot.im, zero, lost)});
+    auto scale = [&](double* planes, int64_t j) {
+      (inverse * Complex::load(planes, k * n + j, node)).store(planes, k * n + j, node);
+    };
+    for (int64_t j = k + 1; j < n; ++j) scale(a, j);
+    for (int64_t j = 0; j < n; ++j) scale(x, j);
     for (int64_t i = 0; i < n; ++i) {
       if (i == k) continue;
       const Complex factor = Complex::load(a, i * n + k, node);
-      auto subtract = [&](double* planes, int64_t width, int64_t j) {
-        (Complex::load(planes, i * width + j, node) - factor * Complex::load(planes, k * width + j, node))
-            .store(planes, i * width + j, node);
+      auto subtract = [&](double* planes, int64_t j) {
+        (Complex::load(planes, i * n + j, node) - factor * Complex::load(planes, k * n + j, node))
+            .store(planes, i * n + j, node);
       };
-      for (int64_t j = k + 1; j < n; ++j) subtract(a, n, j);
-      for (int64_t j = 0; j < columns; ++j) subtract(x, columns, j);
+      for (int64_t j = k + 1; j < n; ++j) subtract(a, j);
+      for (int64_t j = 0; j < n; ++j) subtract(x, j);
     }
   }
 }
 
-// S = cosh sum_n nu / D + sinh sum_n mu / D, in place of the first sums
-void combine(const CauchyBlock& x, int64_t node) {
-  const Complex sinh = Complex::load(x.nodes, kSinh, node), cosh = Complex::load(x.nodes, kCosh, node);
-  for (int64_t u = 0; u < x.K; ++u) {
-    const Complex nu = Complex::load(x.sums, u, node), mu = Complex::load(x.sums, x.K + u, node);
-    (cosh * conj(nu) + sinh * conj(mu)).store(x.sums, u, node);
+// One vector of nodes of a block.
+struct At {
+  const CauchyBlock& x;
+  int64_t node;
+
+  Complex sinh() const { return Complex::load(x.nodes, kSinh, node); }
+  Complex cosh() const { return Complex::load(x.nodes, kCosh, node); }
+  Complex kappa() const { return Vec(x.delta) * cosh(); }
+  // dt/2 e^(-zeta/2)
+  Complex front() const { return Vec(x.delta) * (sinh() + cosh()); }
+  Complex sum(int64_t output, int64_t input) const {
+    return Complex::load(x.sums, output * (x.M + x.R) + input, node);
   }
-}
+  Complex xi(int64_t r, int64_t m) const { return Complex::load(x.xi, r * x.M + m, node); }
+  Complex eta(int64_t i, int64_t r) const { return Complex::load(x.eta, i * x.R + r, node); }
 
-Complex sum_at(const CauchyBlock& x, int64_t output, int64_t input, int64_t node) {
-  return Complex::load(x.sums, output * (x.M + x.R) + input, node);
-}
-
-Complex kappa_at(const CauchyBlock& x, int64_t node) {
-  return Vec(x.delta) * Complex::load(x.nodes, kCosh, node);
-}
-
-// matrix <- I + kappa S_PP, or its transpose
-void set_matrix(const CauchyBlock& x, bool transposed, int64_t node) {
-  const Complex kappa = kappa_at(x, node);
-  for (int64_t r = 0; r < x.R; ++r) {
-    for (int64_t k = 0; k < x.R; ++k) {
-      Complex element = kappa * sum_at(x, x.C + r, x.M + k, node);
-      if (r == k) element.re = element.re + Vec(1.0);
-      element.store(x.matrix, transposed ? k * x.R + r : r * x.R + k, node);
+  void solve() const {
+    for (int64_t u = 0; u < x.K; ++u) {  // S, in place of the first sums
+      const Complex nu = Complex::load(x.sums, u, node), mu = Complex::load(x.sums, x.K + u, node);
+      (cosh() * conj(nu) + sinh() * conj(mu)).store(x.sums, u, node);
     }
-  }
-}
-
-void solve_node(const CauchyBlock& x, int64_t node) {
-  combine(x, node);
-  set_matrix(x, false, node);
-  for (int64_t r = 0; r < x.R; ++r) {
-    for (int64_t m = 0; m < x.M; ++m) sum_at(x, x.C + r, m, node).store(x.xi, r * x.M + m, node);
-  }
-  eliminate(x.R, x.matrix, x.xi, x.M, node);
-  const Complex kappa = kappa_at(x, node);
-  for (int64_t i = 0; i < x.C; ++i) {
-    for (int64_t m = 0; m < x.M; ++m) {
-      Complex value = sum_at(x, i, m, node);
-      for (int64_t r = 0; r < x.R; ++r) {
-        value = value - kappa * sum_at(x, i, x.M + r, node) * Complex::load(x.xi, r * x.M + m, node);
+    const Complex zero = {Vec(0.0), Vec(0.0)}, one = {Vec(1.0), Vec(0.0)};
+    for (int64_t r = 0; r < x.R; ++r) {
+      for (int64_t k = 0; k < x.R; ++k) {
+        ((r == k ? one : zero) + kappa() * sum(x.C + r, x.M + k)).store(x.matrix, r * x.R + k, node);
       }
-      value.store(x.values, i * x.M + m, node);
+    }
+    invert(x.R, x.matrix, x.inverse, node);
+    auto inverse = [&](int64_t r, int64_t k) { return Complex::load(x.inverse, r * x.R + k, node); };
+    for (int64_t r = 0; r < x.R; ++r) {
+      for (int64_t m = 0; m < x.M; ++m) {
+        Complex total = zero;
+        for (int64_t k = 0; k < x.R; ++k) total = total + inverse(r, k) * sum(x.C + k, m);
+        total.store(x.xi, r * x.M + m, node);
+      }
+      for (int64_t i = 0; i < x.C; ++i) {
+        Complex total = zero;
+        for (int64_t k = 0; k < x.R; ++k) total = total + sum(i, x.M + k) * inverse(k, r);
+        total.store(x.eta, i * x.R + r, node);
+      }
+    }
+    for (int64_t i = 0; i < x.C; ++i) {
+      for (int64_t m = 0; m < x.M; ++m) {
+        Complex low_rank = zero;
+        for (int64_t r = 0; r < x.R; ++r) low_rank = low_rank + sum(i, x.M + r) * xi(r, m);
+        (front() * (sum(i, m) - kappa() * low_rank)).store(x.values, i * x.M + m, node);
+      }
     }
   }
-}
+};
 
 void solve(const CauchyBlock& x) {
-  for (int64_t node = 0; node < kNodes; node += kSize) solve_node(x, node);
+  for (int64_t node = 0; node < kNodes; node += kSize) At{x, node}.solve();
 }
 
-void solve_both(const CauchyBlock& x) {
-  for (int64_t node = 0; node < kNodes; node += kSize) {
-    solve_node(x, node);
-    set_matrix(x, true, node);
-    for (int64_t r = 0; r < x.R; ++r) {
-      for (int64_t i = 0; i < x.C; ++i) sum_at(x, i, x.M + r, node).store(x.eta, r * x.C + i, node);
-    }
-    eliminate(x.R, x.matrix, x.eta, x.C, node);
-  }
-}
-
-// By S: gamma, -kappa gamma xi, -kappa eta gamma and kappa^2 eta gamma xi.
+// By S: gamma, -kappa gamma xi, -kappa eta gamma and kappa^2 eta gamma xi, gamma being front * by_values.
 void differentiate_solve(const CauchyBlock& x, CauchyGradient& gradient) {
-  Vec front(0.0), log_kappa(0.0);
+  Vec log_front(0.0), log_kappa(0.0);
   for (int64_t node = 0; node < kNodes; node += kSize) {
-    const Complex sinh = Complex::load(x.nodes, kSinh, node), cosh = Complex::load(x.nodes, kCosh, node);
-    const Complex minus_kappa = Vec(-x.delta) * cosh, zero = {Vec(0.0), Vec(0.0)};
+    const At at{x, node};
+    const Complex minus_kappa = Vec(-1.0) * at.kappa(), zero = {Vec(0.0), Vec(0.0)};
     auto by_sum = [&](int64_t output, int64_t input) {
       return Complex::load(x.factors, output * (x.M + x.R) + input, node);
     };
@@ -175,37 +167,36 @@ void differentiate_solve(const CauchyBlock& x, CauchyGradient& gradient) {
     };
     for (int64_t i = 0; i < x.C; ++i) {
       for (int64_t m = 0; m < x.M; ++m) {
-        const Complex gamma = Complex::load(x.gamma, i * x.M + m, node);
-        set(i, m, gamma);
-        front = front + real_product(gamma, Complex::load(x.values, i * x.M + m, node));
+        const Complex by_value = Complex::load(x.by_values, i * x.M + m, node);
+        set(i, m, at.front() * by_value);
+        log_front = log_front + real_product(by_value, Complex::load(x.values, i * x.M + m, node));
       }
       for (int64_t r = 0; r < x.R; ++r) {
         Complex total = zero;
-        for (int64_t m = 0; m < x.M; ++m)
-          total = total + by_sum(i, m) * Complex::load(x.xi, r * x.M + m, node);
+        for (int64_t m = 0; m < x.M; ++m) total = total + by_sum(i, m) * at.xi(r, m);
         set(i, x.M + r, minus_kappa * total);
-        log_kappa = log_kappa + real_product(Complex::load(x.eta, r * x.C + i, node), by_sum(i, x.M + r));
+        log_kappa = log_kappa + real_product(at.eta(i, r), by_sum(i, x.M + r));
       }
     }
     for (int64_t r = 0; r < x.R; ++r) {
       for (int64_t input = 0; input < x.M + x.R; ++input) {
         Complex total = zero;
-        for (int64_t i = 0; i < x.C; ++i)
-          total = total + Complex::load(x.eta, r * x.C + i, node) * by_sum(i, input);
+        for (int64_t i = 0; i < x.C; ++i) total = total + at.eta(i, r) * by_sum(i, input);
         set(x.C + r, input, minus_kappa * total);
       }
     }
+    const Complex sinh = at.sinh(), cosh = at.cosh();
     for (int64_t u = 0; u < x.K; ++u) {
       const Complex value = Complex::load(x.factors, u, node);
       (cosh * value).store(x.factors, u, node);
       (sinh * value).store(x.factors, x.K + u, node);
     }
   }
-  gradient.front += sum(front);
+  gradient.log_front += sum(log_front);
   gradient.log_kappa += sum(log_kappa);
 }
 
-// by_sums (rows, N) += factors . reciprocals of rows and two states, as Re(f / D) = (Re f, Im f) . conj(1/D)
+// out (rows, N) += factors . reciprocals, a few rows and states, as Re(f / D) = (Re f, Im f) . conj(1/D)
 template <int rows, int states>
 void dots(const double* factors, const double* reciprocals, double* out, int64_t N) {
   Vec sums[rows][states];
@@ -242,7 +233,7 @@ void differentiate_sums(const CauchyBlock& x, CauchyGradient& gradient) {
     Vec by_rho(0.0), by_alpha(0.0);
     for (int64_t node = 0; node < kNodes; node += kSize) {
       const Complex q = conj(Complex::load(x.reciprocals, n, node));
-      const Complex by_d = q * q * Complex::load(x.by_reciprocal, n, node);  // d(1/D) = -1/D^2 dD
+      const Complex by_d = q * q * Complex::load(x.by_reciprocals, n, node);  // d(1/D) = -1/D^2 dD
       by_rho = by_rho - real_product(Complex::load(x.nodes, kCoshCosh, node), by_d);
       by_alpha = by_alpha - real_product(Complex::load(x.nodes, kSinhCosh, node), by_d);
     }
@@ -253,6 +244,6 @@ void differentiate_sums(const CauchyBlock& x, CauchyGradient& gradient) {
 
 }  // namespace
 
-extern const S4Cauchy s4_cauchy = {reciprocals, solve, solve_both, differentiate_solve, differentiate_sums};
+extern const S4Cauchy s4_cauchy = {reciprocals, solve, differentiate_solve, differentiate_sums};
 
 }  // namespace spade_ext::CPU_CAPABILITY

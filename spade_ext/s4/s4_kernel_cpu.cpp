@@ -8,64 +8,12 @@
 #include <spade_ext/core/parallel.h>
 #include <spade_ext/core/row_products.h>
 #include <spade_ext/s4/s4_cauchy.h>
+#include <spade_ext/s4/s4_nodes.h>
 #include <spade_ext/s4/s4_shapes.h>
 #include <spade_ext/s4/s4_system.h>
 #include <torch/library.h>
 
 namespace spade_ext::s4_cpu {
-
-// The least 2^a 3^b 5^c that is not below n.
-inline int64_t smooth_size(int64_t n) {
-  for (;; ++n) {
-    int64_t rest = n;
-    for (int64_t factor : {2, 3, 5}) {
-      while (rest % factor == 0) rest /= factor;
-    }
-    if (rest == 1) return n;
-  }
-}
-
-// Half of the nodes omega_j = e^(-decay - 2 pi i j / count) of a transform, and the taps that it gives.
-class Nodes {
- public:
-  int64_t count, taps, bins;
-
-  Nodes(int64_t count_, int64_t taps_, double decay)
-      : count(count_),
-        taps(taps_),
-        bins(count_ / 2 + 1),
-        planes_(at::zeros({(bins + kNodes - 1) / kNodes, kNodePlanes, 2, kNodes}, at::kDouble)),
-        growth_(taps_) {
-    double* planes = planes_.data_ptr<double>();
-    for (int64_t bin = 0; bin < blocks() * kNodes; ++bin) {
-      const complex half(0.5 * decay, bin < bins ? M_PI * double(bin) / double(count) : M_PI / 2);
-      const complex sinh = std::sinh(half), cosh = std::cosh(half);
-      const complex values[kNodePlanes] = {sinh, cosh, sinh * sinh, 2.0 * sinh * cosh, cosh * cosh};
-      for (int64_t plane = 0; plane < kNodePlanes; ++plane) {
-        double* target = planes + (bin / kNodes * kNodePlanes + plane) * kPlane + bin % kNodes;
-        target[0] = values[plane].real();
-        target[kNodes] = values[plane].imag();
-      }
-    }
-    for (int64_t l = 0; l < taps; ++l) growth_[l] = std::exp(decay * double(l));
-  }
-
-  int64_t blocks() const { return planes_.size(0); }
-  const double* block(int64_t i) const { return planes_.const_data_ptr<double>() + i * kNodePlanes * kPlane; }
-  // e^(-zeta / 2), what the resolvent is multiplied with but for dt/2
-  complex front(int64_t bin) const {
-    const double *sinh = block(bin / kNodes) + bin % kNodes, *cosh = sinh + kPlane;
-    return {sinh[0] + cosh[0], sinh[kNodes] + cosh[kNodes]};
-  }
-  // What an entry of the spectrum weighs in the inverse transform: it stands for its conjugate too.
-  double weight(int64_t bin) const { return (bin == 0 || 2 * bin == count ? 1.0 : 2.0) / double(count); }
-  // omega^-l but for the phase
-  double growth(int64_t l) const { return growth_[l]; }
-
- private:
-  at::Tensor planes_;
-  std::vector<double> growth_;
-};
 
 struct Problem {
   Complexes w, p, b, c;
@@ -135,9 +83,10 @@ class Resolvent {
     block_.N = x.N, block_.R = x.R, block_.M = x.M, block_.C = x.C;
     const int64_t K = block_.K = (x.C + x.R) * (x.M + x.R);
     const std::pair<double**, int64_t> planes[] = {
-        {&block_.reciprocals, x.N}, {&block_.by_reciprocal, x.N}, {&block_.sums, 2 * K},
-        {&block_.factors, 2 * K},   {&block_.matrix, x.R * x.R},  {&block_.values, x.C * x.M},
-        {&block_.gamma, x.C * x.M}, {&block_.xi, x.R * x.M},      {&block_.eta, x.R * x.C}};
+        {&block_.reciprocals, x.N},    {&block_.by_reciprocals, x.N}, {&block_.sums, 2 * K},
+        {&block_.factors, 2 * K},      {&block_.matrix, x.R * x.R},   {&block_.inverse, x.R * x.R},
+        {&block_.xi, x.R * x.M},       {&block_.eta, x.C * x.R},      {&block_.values, x.C * x.M},
+        {&block_.by_values, x.C * x.M}};
     int64_t total = 0;
     for (const auto& [pointer, count] : planes) total += count * kPlane;
     memory_ = at::empty({total}, at::kDouble);
@@ -150,38 +99,26 @@ class Resolvent {
     block_.delta = channel.delta, block_.rho = channel.rho.data(), block_.alpha = channel.alpha.data();
   }
   void evaluate(const double* nodes) {
-    sums(nodes);
+    block_.nodes = nodes;
+    s4_cauchy().reciprocals(block_);
+    product(channel_->nu_mu.data(), 2 * block_.K, block_.N, block_.reciprocals, block_.sums);
     s4_cauchy().solve(block_);
-  }
-  void evaluate_both(const double* nodes) {
-    sums(nodes);
-    s4_cauchy().solve_both(block_);
   }
   void differentiate(CauchyGradient& gradient) const {
     s4_cauchy().differentiate_solve(block_, gradient);
-    product(channel_->transposed.data(), block_.N, 2 * block_.K, block_.factors, block_.by_reciprocal);
+    product(channel_->transposed.data(), block_.N, 2 * block_.K, block_.factors, block_.by_reciprocals);
     s4_cauchy().differentiate_sums(block_, gradient);
   }
 
-  complex value(int64_t row, int64_t node) const {
-    const double* source = block_.values + row * kPlane + node;
-    return {source[0], source[kNodes]};
-  }
-  void set_gamma(int64_t row, int64_t node, complex gamma) const {
-    double* target = block_.gamma + row * kPlane + node;
-    target[0] = gamma.real(), target[kNodes] = gamma.imag();
-  }
+  // Planes of row i * M + m.
+  const double* values(int64_t row) const { return block_.values + row * kPlane; }
+  double* by_values(int64_t row) const { return block_.by_values + row * kPlane; }
 
  private:
   // out <- a (rows, n) . planes (n)
   static void product(const double* a, int64_t rows, int64_t n, const double* planes, double* out) {
     std::fill_n(out, rows * kPlane, 0.0);
     row_products<double>().multiply_add({a, n}, {planes, kPlane}, {out, kPlane}, rows, n, kPlane);
-  }
-  void sums(const double* nodes) {
-    block_.nodes = nodes;
-    s4_cauchy().reciprocals(block_);
-    product(channel_->nu_mu.data(), 2 * block_.K, block_.N, block_.reciprocals, block_.sums);
   }
 
   CauchyBlock block_{};
@@ -210,11 +147,11 @@ at::Tensor circle_taps(const Problem& problem, const Nodes& nodes, const std::ve
     resolvent.set(channel);
     for (int64_t first = 0; first < nodes.bins; first += kNodes) {
       resolvent.evaluate(nodes.block(first / kNodes));
-      const int64_t last = std::min(first + kNodes, nodes.bins);
+      const int64_t count = std::min(kNodes, nodes.bins - first);
       for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t bin = first; bin < last; ++bin) {
-          data[row * nodes.bins + bin] = channel.delta * nodes.front(bin) * resolvent.value(row, bin - first);
-        }
+        const double* values = resolvent.values(row);
+        complex* target = data + row * nodes.bins + first;
+        for (int64_t i = 0; i < count; ++i) target[i] = {values[i], values[kNodes + i]};
       }
     }
     data += rows * nodes.bins;
@@ -267,12 +204,15 @@ class ChannelGradient {
   // spectrum (C M, bins): the transform of the gradient of the taps.
   void add(Resolvent& resolvent, const Nodes& nodes, const complex* spectrum) {
     for (int64_t first = 0; first < nodes.bins; first += kNodes) {
-      resolvent.evaluate_both(nodes.block(first / kNodes));
+      resolvent.evaluate(nodes.block(first / kNodes));
+      const int64_t count = std::min(kNodes, nodes.bins - first);
       for (int64_t row = 0; row < problem_.C * problem_.M; ++row) {
-        for (int64_t node = 0; node < kNodes; ++node) {
-          const int64_t bin = first + node;
-          resolvent.set_gamma(row, node,
-                              bin < nodes.bins ? gamma(nodes, bin, spectrum[row * nodes.bins + bin]) : 0);
+        const complex* source = spectrum + row * nodes.bins + first;
+        double* target = resolvent.by_values(row);
+        std::fill_n(target, kPlane, 0.0);
+        for (int64_t i = 0; i < count; ++i) {
+          const double weight = nodes.weight(first + i);
+          target[i] = weight * source[i].real(), target[kNodes + i] = -weight * source[i].imag();
         }
       }
       resolvent.differentiate(sums_);
@@ -280,15 +220,11 @@ class ChannelGradient {
   }
 
   void write(int64_t h, Gradients& gradients) const {
-    gradients.log_dt[h] = sums_.front + sums_.log_kappa;
+    gradients.log_dt[h] = sums_.log_front + sums_.log_kappa;
     for (int64_t n = 0; n < problem_.N; ++n) write_state(h, n, gradients);
   }
 
  private:
-  complex gamma(const Nodes& nodes, int64_t bin, complex grad) const {
-    return nodes.weight(bin) * channel_.delta * (std::conj(grad) * nodes.front(bin));
-  }
-
   void write_state(int64_t h, int64_t n, Gradients& gradients) const {
     const int64_t N = problem_.N, R = problem_.R, M = problem_.M, C = problem_.C, H = problem_.H;
     const complex a = channel_.a[n];
