@@ -1,12 +1,14 @@
-// The kernel through its values at roots of unity: at each, a Cauchy sum and Woodbury's formula. Equations:
-// README.md. A task takes a channel, so nothing of size H N L is held.
+// The kernel through its transform: at each node a Cauchy sum and Woodbury's formula. Equations: README.md. A
+// task takes a few channels and a block of nodes at a time, so nothing of size H N L is held.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/fft_irfft.h>
 #include <ATen/ops/fft_rfft.h>
 #include <ATen/ops/zeros.h>
 #include <spade_ext/core/parallel.h>
-#include <spade_ext/s4/s4_extension.h>
+#include <spade_ext/core/row_products.h>
+#include <spade_ext/s4/s4_cauchy.h>
+#include <spade_ext/s4/s4_nodes.h>
 #include <spade_ext/s4/s4_shapes.h>
 #include <spade_ext/s4/s4_system.h>
 #include <torch/library.h>
@@ -18,247 +20,166 @@ struct Problem {
   Values<double> log_dt;
   double rate;
   int64_t S, R, N, M, C, H, L;
-  int64_t truncation, extended;  // of c as it was given, and as `length` taps need it
-  int64_t nodes;                 // roots of unity
+  int64_t period;              // of what c is truncated to, in taps
+  std::vector<Nodes> circles;  // for the first `period` taps, and for what follows
 
   Problem(const at::Tensor& w_, const at::Tensor& p_, const at::Tensor& b_, const at::Tensor& c_,
-          const at::Tensor& log_dt_, int64_t length, int64_t truncation_, double rate_)
+          const at::Tensor& log_dt_, int64_t length, int64_t truncation, double rate_)
       : w(w_), p(p_), b(b_), c(c_), log_dt(log_dt_), rate(rate_) {
     S = w_.size(0), R = p_.size(0), N = w_.size(1), M = b_.size(0), C = c_.size(0), H = c_.size(1);
-    L = length, truncation = extended = truncation_;
-    auto count = [&] { return std::llrint(double(extended) / rate); };
-    while (count() < std::max<int64_t>(L, 1)) extended *= 2;
-    nodes = count();
+    L = length, period = std::max<int64_t>(std::llrint(double(truncation) / rate), 1);
+    circles.emplace_back(period, std::min(L, period), 0.0);
+    if (L <= period) return;
+    // Taps return after `count` others, smaller by e^(-decay count), and rounding errors grow by e^(decay l).
+    const bool is_float = w_.scalar_type() == at::kFloat;
+    const double nodes_per_tap = is_float ? 1.5 : 4.0, smallness = is_float ? 1e-8 : 1e-13;
+    const int64_t count = smooth_size(std::llrint(nodes_per_tap * double(L - period)) + 1);
+    circles.emplace_back(count, L - period, -std::log(smallness) / double(count));
   }
 
-  int64_t bins() const { return nodes / 2 + 1; }
-  // dt/2 at rate 1, to which c belongs
-  double natural_delta(int64_t h) const { return 0.5 * std::exp(log_dt.data[h]); }
   const complex* b_row(int64_t m, int64_t s) const { return b.data + (m * S + s) * N; }
   const complex* c_row(int64_t i, int64_t h) const { return c.data + (i * H + h) * N; }
-  // What an entry of the spectrum weighs in the inverse transform: it stands for its conjugate too.
-  double weight(int64_t bin) const { return (bin == 0 || 2 * bin == nodes ? 1.0 : 2.0) / double(nodes); }
+  // Channels that share a transform: enough for its speed, with tasks for many threads.
+  int64_t group() const { return std::clamp<int64_t>(H / 16, 1, 8); }
+  int64_t groups() const { return (H + group() - 1) / group(); }
 };
 
-// One channel's system over all states: those stored, then their conjugates.
+// One channel's system: inputs b and p, outputs c and conj(p).
 struct Channel {
-  int64_t N;  // of all states
-  double natural_delta, delta;
-  StateMatrix a;
-  Extension extension;
-  Vector w, inputs, outputs;  // (N); (M + R, N): b, p; (C + R, N): c, extended, and conj(p)
+  double delta;                           // dt/2
+  Vector inputs, outputs, a;              // (M + R, N), (C + R, N), (N): dt/2 w
+  std::vector<double> rho, alpha;         // (N)
+  std::vector<double> nu_mu, transposed;  // (2 K, N), (N, 2 K)
 
-  Channel(const Problem& problem, int64_t h)
-      : N(2 * problem.N),
-        natural_delta(problem.natural_delta(h)),
-        delta(natural_delta * problem.rate),
-        a(problem.w, problem.p, h % problem.S),
-        extension(a, natural_delta, problem.truncation, problem.extended) {
-    append(w, a.w);
-    for (int64_t m = 0; m < problem.M; ++m) append(inputs, problem.b_row(m, h % problem.S));
-    for (int64_t i = 0; i < problem.C; ++i) append(outputs, extension.extend(problem.c_row(i, h)).data());
-    for (int64_t r = 0; r < problem.R; ++r) {
-      append(inputs, a.row(r));
-      append(outputs, a.transposed().row(r));
+  Channel(const Problem& x, int64_t h) : delta(0.5 * std::exp(x.log_dt.data[h]) * x.rate) {
+    const int64_t N = x.N, s = h % x.S;
+    const StateMatrix matrix(x.w, x.p, s);
+    auto append = [&](Vector& rows, const complex* row) { rows.insert(rows.end(), row, row + N); };
+    for (int64_t m = 0; m < x.M; ++m) append(inputs, x.b_row(m, s));
+    for (int64_t i = 0; i < x.C; ++i) append(outputs, x.c_row(i, h));
+    inputs.insert(inputs.end(), matrix.p.begin(), matrix.p.end());
+    for (complex p : matrix.p) outputs.push_back(std::conj(p));
+    for (int64_t n = 0; n < N; ++n) {
+      a.push_back(delta * matrix.w[n]);
+      rho.push_back(std::norm(a[n]));
+      alpha.push_back(-a[n].real());
+    }
+    const int64_t K = (x.C + x.R) * (x.M + x.R);
+    nu_mu.resize(2 * K * N), transposed.resize(2 * K * N);
+    for (int64_t u = 0; u < K; ++u) {
+      for (int64_t n = 0; n < N; ++n) {
+        const complex v = outputs[u / (x.M + x.R) * N + n] * inputs[u % (x.M + x.R) * N + n];
+        nu_mu[u * N + n] = transposed[n * 2 * K + u] = -2 * (v * std::conj(a[n])).real();
+        nu_mu[(K + u) * N + n] = transposed[n * 2 * K + K + u] = 2 * v.real();
+      }
     }
   }
-  const complex* input(int64_t j) const { return inputs.data() + j * N; }
-  const complex* output(int64_t i) const { return outputs.data() + i * N; }
-
- private:
-  void append(Vector& rows, const complex* row) const {
-    rows.insert(rows.end(), row, row + a.N);
-    for (int64_t n = 0; n < a.N; ++n) rows.push_back(std::conj(row[n]));
-  }
 };
 
-inline complex dot(const complex* x, const complex* y, int64_t N) {
-  double real = 0, imag = 0;
-#pragma omp simd reduction(+ : real, imag)
-  for (int64_t n = 0; n < N; ++n) {
-    real += x[n].real() * y[n].real() - x[n].imag() * y[n].imag();
-    imag += x[n].real() * y[n].imag() + x[n].imag() * y[n].real();
-  }
-  return {real, imag};
-}
-
-// (i sine - cosine dt/2 A)^-1 between a channel's inputs b and outputs c, at half the angle of a root of
-// unity.
+// The resolvent of a channel at a block of nodes, and its derivatives.
 class Resolvent {
  public:
-  double kappa = 0;        // cosine dt/2
-  Vector q;                // (N): the diagonal part
-  Vector values, xi, eta;  // (C, M): c . resolvent . b; (R, M): p^* resolvent b; (C, R): c . resolvent . p
-
-  Resolvent(const Problem& problem, const Channel& channel)
-      : q(channel.N),
-        values(problem.C * problem.M),
-        xi(problem.R * problem.M),
-        eta(problem.C * problem.R),
-        channel_(channel),
-        R_(problem.R),
-        M_(problem.M),
-        C_(problem.C),
-        scaled_(channel.N),
-        sums_((C_ + R_) * (M_ + R_)),
-        matrix_(R_ * R_),
-        transposed_(R_ * R_),
-        eta_columns_(R_ * C_) {}
-
-  void evaluate(double sine, double cosine) {
-    const int64_t N = channel_.N;
-    kappa = cosine * channel_.delta;
-    for (int64_t n = 0; n < N; ++n) {
-      const complex denominator = complex(0, sine) - kappa * channel_.w[n];
-      q[n] = std::conj(denominator) * (1 / std::norm(denominator));
-    }
-    for (int64_t i = 0; i < C_ + R_; ++i) {
-      for (int64_t n = 0; n < N; ++n) scaled_[n] = channel_.output(i)[n] * q[n];
-      for (int64_t j = 0; j < M_ + R_; ++j)
-        sums_[i * (M_ + R_) + j] = dot(scaled_.data(), channel_.input(j), N);
-    }
-    for (int64_t r = 0; r < R_; ++r) {
-      for (int64_t k = 0; k < R_; ++k) {
-        matrix_[r * R_ + k] = transposed_[k * R_ + r] = double(r == k) + kappa * sum(C_ + r, M_ + k);
-      }
-      for (int64_t m = 0; m < M_; ++m) xi[r * M_ + m] = sum(C_ + r, m);
-      for (int64_t i = 0; i < C_; ++i) eta_columns_[r * C_ + i] = sum(i, M_ + r);
-    }
-    solve(R_, matrix_.data(), xi.data(), M_);
-    solve(R_, transposed_.data(), eta_columns_.data(), C_);
-    for (int64_t i = 0; i < C_; ++i) {
-      for (int64_t r = 0; r < R_; ++r) eta[i * R_ + r] = eta_columns_[r * C_ + i];
-      for (int64_t m = 0; m < M_; ++m) {
-        complex value = sum(i, m);
-        for (int64_t r = 0; r < R_; ++r) value -= kappa * sum(i, M_ + r) * xi[r * M_ + m];
-        values[i * M_ + m] = value;
-      }
-    }
+  explicit Resolvent(const Problem& x) {
+    block_.N = x.N, block_.R = x.R, block_.M = x.M, block_.C = x.C;
+    const int64_t K = block_.K = (x.C + x.R) * (x.M + x.R);
+    const std::pair<double**, int64_t> planes[] = {
+        {&block_.reciprocals, x.N},    {&block_.by_reciprocals, x.N}, {&block_.sums, 2 * K},
+        {&block_.factors, 2 * K},      {&block_.matrix, x.R * x.R},   {&block_.inverse, x.R * x.R},
+        {&block_.xi, x.R * x.M},       {&block_.eta, x.C * x.R},      {&block_.values, x.C * x.M},
+        {&block_.by_values, x.C * x.M}};
+    int64_t total = 0;
+    for (const auto& [pointer, count] : planes) total += count * kPlane;
+    memory_ = at::empty({total}, at::kDouble);
+    double* next = memory_.data_ptr<double>();
+    for (const auto& [pointer, count] : planes) *pointer = std::exchange(next, next + count * kPlane);
   }
+
+  void set(const Channel& channel) {
+    channel_ = &channel;
+    block_.delta = channel.delta, block_.rho = channel.rho.data(), block_.alpha = channel.alpha.data();
+  }
+  void evaluate(const double* nodes) {
+    block_.nodes = nodes;
+    s4_cauchy().reciprocals(block_);
+    product(channel_->nu_mu.data(), 2 * block_.K, block_.N, block_.reciprocals, block_.sums);
+    s4_cauchy().solve(block_);
+  }
+  void differentiate(CauchyGradient& gradient) const {
+    s4_cauchy().differentiate_solve(block_, gradient);
+    product(channel_->transposed.data(), block_.N, 2 * block_.K, block_.factors, block_.by_reciprocals);
+    s4_cauchy().differentiate_sums(block_, gradient);
+  }
+
+  // Planes of row i * M + m.
+  const double* values(int64_t row) const { return block_.values + row * kPlane; }
+  double* by_values(int64_t row) const { return block_.by_values + row * kPlane; }
 
  private:
-  complex sum(int64_t i, int64_t j) const { return sums_[i * (M_ + R_) + j]; }
+  // out <- a (rows, n) . planes (n)
+  static void product(const double* a, int64_t rows, int64_t n, const double* planes, double* out) {
+    std::fill_n(out, rows * kPlane, 0.0);
+    row_products<double>().multiply_add({a, n}, {planes, kPlane}, {out, kPlane}, rows, n, kPlane);
+  }
 
-  const Channel& channel_;
-  int64_t R_, M_, C_;
-  Vector scaled_, sums_, matrix_, transposed_, eta_columns_;
+  CauchyBlock block_{};
+  const Channel* channel_ = nullptr;
+  at::Tensor memory_;
 };
 
-// Calls body(bin, sine, cosine, front) for each root of unity; k_hat = front * values.
+// Calls body(channel, row, h) for the channels of a group.
 template <class Body>
-void for_each_bin(const Problem& problem, double delta, const Body& body) {
-  for (int64_t bin = 0; bin < problem.bins(); ++bin) {
-    const double half_angle = M_PI * double(bin) / double(problem.nodes);
-    const double sine = std::sin(half_angle), cosine = std::cos(half_angle);
-    body(bin, sine, cosine, delta * complex(cosine, sine));
-  }
+void for_each_channel(const Problem& problem, int64_t group, const Body& body) {
+  const int64_t begin = group * problem.group(), end = std::min(begin + problem.group(), problem.H);
+  for (int64_t h = begin; h < end; ++h) body(h - begin, h);
 }
 
 complex* spectrum_data(const at::Tensor& spectrum) {
   return reinterpret_cast<complex*>(spectrum.data_ptr<c10::complex<double>>());
 }
 
-template <class scalar_t>
-void forward_channel(const Problem& problem, int64_t h, scalar_t* k) {
-  const int64_t M = problem.M, C = problem.C, bins = problem.bins();
-  const Channel channel(problem, h);
-  Resolvent resolvent(problem, channel);
-  const auto spectrum = at::empty({M, C, bins}, at::kComplexDouble);
+// (group, C M, taps): what the channels' c gives at one circle of nodes.
+at::Tensor circle_taps(const Problem& problem, const Nodes& nodes, const std::vector<Channel>& channels) {
+  const int64_t rows = problem.C * problem.M;
+  const auto spectrum = at::empty({int64_t(channels.size()), rows, nodes.bins}, at::kComplexDouble);
   complex* data = spectrum_data(spectrum);
-  for_each_bin(problem, channel.delta, [&](int64_t bin, double sine, double cosine, complex front) {
-    resolvent.evaluate(sine, cosine);
-    for (int64_t i = 0; i < C; ++i) {
-      for (int64_t m = 0; m < M; ++m) data[(m * C + i) * bins + bin] = front * resolvent.values[i * M + m];
-    }
-  });
-  const auto kernel = at::fft_irfft(spectrum, problem.nodes).contiguous();
-  for (int64_t row = 0; row < M * C; ++row) {
-    const double* source = kernel.const_data_ptr<double>() + row * problem.nodes;
-    std::copy_n(source, problem.L, k + (row * problem.H + h) * problem.L);
-  }
-}
-
-// Derivatives of sum(grad_k k) by one channel's parameters, over all states. A complex z holds what dz
-// multiplies: d = Re(z_ dz).
-class ChannelGradient {
- public:
-  Vector a, p, b, c;            // (N) by dt/2 w; (R, N), (M, N), (C, N)
-  double kappa = 0, front = 0;  // by the logarithms of the two
-
-  ChannelGradient(const Problem& problem, const Channel& channel)
-      : a(channel.N),
-        p(problem.R * channel.N),
-        b(problem.M * channel.N),
-        c(problem.C * channel.N),
-        channel_(channel),
-        R_(problem.R),
-        M_(problem.M),
-        C_(problem.C),
-        x_(M_),
-        y_(C_),
-        weighted_x_(C_),
-        weighted_y_(M_) {}
-
-  // Adds one root's part, gamma (C, M) being what the values multiply.
-  void add(const Resolvent& at, double cosine, const Vector& gamma) {
-    for (int64_t i = 0; i < C_; ++i) {
-      for (int64_t m = 0; m < M_; ++m) {
-        complex low_rank = 0;
-        for (int64_t r = 0; r < R_; ++r) low_rank += at.eta[i * R_ + r] * at.xi[r * M_ + m];
-        front += (gamma[i * M_ + m] * at.values[i * M_ + m]).real();
-        kappa -= at.kappa * (gamma[i * M_ + m] * low_rank).real();
+  Resolvent resolvent(problem);
+  for (const Channel& channel : channels) {
+    resolvent.set(channel);
+    for (int64_t first = 0; first < nodes.bins; first += kNodes) {
+      resolvent.evaluate(nodes.block(first / kNodes));
+      const int64_t count = std::min(kNodes, nodes.bins - first);
+      for (int64_t row = 0; row < rows; ++row) {
+        const double* values = resolvent.values(row);
+        complex* target = data + row * nodes.bins + first;
+        for (int64_t i = 0; i < count; ++i) target[i] = {values[i], values[kNodes + i]};
       }
     }
-    for (int64_t n = 0; n < channel_.N; ++n) add_state(at, cosine, gamma, n);
+    data += rows * nodes.bins;
   }
+  return at::fft_irfft(spectrum, nodes.count).contiguous();
+}
 
-  // To the stored states (X, N / 2) of rows (X, N): d = Re(z_ dz + z'_ dconj(z)).
-  Vector stored(const Vector& rows) const {
-    const int64_t N = channel_.N / 2;
-    Vector result(rows.size() / 2);
-    for (int64_t i = 0; i < int64_t(result.size()); ++i) {
-      const int64_t row = i / N, n = i % N;
-      result[i] = rows[2 * row * N + n] + std::conj(rows[(2 * row + 1) * N + n]);
+template <class scalar_t>
+void forward_group(const Problem& problem, int64_t group, scalar_t* k) {
+  const int64_t M = problem.M, C = problem.C, period = problem.period;
+  std::vector<Channel> channels;
+  for_each_channel(problem, group, [&](int64_t, int64_t h) { channels.emplace_back(problem, h); });
+  std::vector<at::Tensor> taps;
+  for (const Nodes& nodes : problem.circles) taps.push_back(circle_taps(problem, nodes, channels));
+  std::vector<double> row(problem.L);
+  for_each_channel(problem, group, [&](int64_t index, int64_t h) {
+    for (int64_t i = 0; i < C * M; ++i) {
+      auto source = [&](size_t circle) {
+        return taps[circle].const_data_ptr<double>() + (index * C * M + i) * problem.circles[circle].count;
+      };
+      std::copy_n(source(0), std::min(problem.L, period), row.begin());
+      for (int64_t l = period; l < problem.L; ++l) {
+        row[l] = row[l - period] - source(1)[l - period] * problem.circles[1].growth(l - period);
+      }
+      std::copy(row.begin(), row.end(), k + ((i % M * C + i / M) * problem.H + h) * problem.L);
     }
-    return result;
-  }
-
- private:
-  void add_state(const Resolvent& at, double cosine, const Vector& gamma, int64_t n) {
-    const int64_t N = channel_.N;
-    for (int64_t m = 0; m < M_; ++m) {  // x = resolvent b
-      complex sum = 0;
-      for (int64_t r = 0; r < R_; ++r) sum += channel_.input(M_ + r)[n] * at.xi[r * M_ + m];
-      x_[m] = at.q[n] * (channel_.input(m)[n] - at.kappa * sum);
-    }
-    for (int64_t i = 0; i < C_; ++i) {  // y = c resolvent
-      complex sum = 0;
-      for (int64_t r = 0; r < R_; ++r) sum += channel_.output(C_ + r)[n] * at.eta[i * R_ + r];
-      y_[i] = at.q[n] * (channel_.output(i)[n] - at.kappa * sum);
-    }
-    for (int64_t i = 0; i < C_; ++i) {
-      weighted_x_[i] = 0;
-      for (int64_t m = 0; m < M_; ++m) weighted_x_[i] += gamma[i * M_ + m] * x_[m];
-      c[i * N + n] += weighted_x_[i];
-      a[n] += cosine * (y_[i] * weighted_x_[i]);
-    }
-    for (int64_t m = 0; m < M_; ++m) {
-      weighted_y_[m] = 0;
-      for (int64_t i = 0; i < C_; ++i) weighted_y_[m] += gamma[i * M_ + m] * y_[i];
-      b[m * N + n] += weighted_y_[m];
-    }
-    for (int64_t r = 0; r < R_; ++r) {
-      complex by_p = 0, by_conj = 0;
-      for (int64_t m = 0; m < M_; ++m) by_p += at.xi[r * M_ + m] * weighted_y_[m];
-      for (int64_t i = 0; i < C_; ++i) by_conj += at.eta[i * R_ + r] * weighted_x_[i];
-      p[r * N + n] -= at.kappa * (by_p + std::conj(by_conj));
-    }
-  }
-
-  const Channel& channel_;
-  int64_t R_, M_, C_;
-  Vector x_, y_, weighted_x_, weighted_y_;
-};
+  });
+}
 
 // Gradients in float64; those of w, p and b are one row a channel, which copies of A then add up.
 struct Gradients {
@@ -269,39 +190,104 @@ struct Gradients {
       : w(x.H * x.N), p(x.R * x.H * x.N), b(x.M * x.H * x.N), c(x.C * x.H * x.N), log_dt(x.H) {}
 };
 
-// spectrum (M, C, bins): the transform of grad_k's rows of channel h.
-void backward_channel(const Problem& problem, int64_t h, const complex* spectrum, Gradients& gradients) {
-  const int64_t R = problem.R, N = problem.N, M = problem.M, C = problem.C, H = problem.H;
-  const Channel channel(problem, h);
-  Resolvent resolvent(problem, channel);
-  ChannelGradient grad(problem, channel);
-  Vector gamma(C * M);
-  for_each_bin(problem, channel.delta, [&](int64_t bin, double sine, double cosine, complex front) {
-    resolvent.evaluate(sine, cosine);
-    for (int64_t i = 0; i < C; ++i) {
-      for (int64_t m = 0; m < M; ++m) {
-        const complex g = spectrum[(m * C + i) * problem.bins() + bin];
-        gamma[i * M + m] = problem.weight(bin) * std::conj(g) * front;
+// Derivatives of sum(grad_k k) by one channel's Cauchy sums, and then by its parameters.
+class ChannelGradient {
+ public:
+  ChannelGradient(const Problem& problem, const Channel& channel)
+      : problem_(problem),
+        channel_(channel),
+        nu_mu_(channel.nu_mu.size()),
+        rho_(problem.N),
+        alpha_(problem.N),
+        sums_{nu_mu_.data(), rho_.data(), alpha_.data(), 0, 0} {}
+
+  // spectrum (C M, bins): the transform of the gradient of the taps.
+  void add(Resolvent& resolvent, const Nodes& nodes, const complex* spectrum) {
+    for (int64_t first = 0; first < nodes.bins; first += kNodes) {
+      resolvent.evaluate(nodes.block(first / kNodes));
+      const int64_t count = std::min(kNodes, nodes.bins - first);
+      for (int64_t row = 0; row < problem_.C * problem_.M; ++row) {
+        const complex* source = spectrum + row * nodes.bins + first;
+        double* target = resolvent.by_values(row);
+        std::fill_n(target, kPlane, 0.0);
+        for (int64_t i = 0; i < count; ++i) {
+          const double weight = nodes.weight(first + i);
+          target[i] = weight * source[i].real(), target[kNodes + i] = -weight * source[i].imag();
+        }
+      }
+      resolvent.differentiate(sums_);
+    }
+  }
+
+  void write(int64_t h, Gradients& gradients) const {
+    gradients.log_dt[h] = sums_.log_front + sums_.log_kappa;
+    for (int64_t n = 0; n < problem_.N; ++n) write_state(h, n, gradients);
+  }
+
+ private:
+  void write_state(int64_t h, int64_t n, Gradients& gradients) const {
+    const int64_t N = problem_.N, R = problem_.R, M = problem_.M, C = problem_.C, H = problem_.H;
+    const complex a = channel_.a[n];
+    complex by_a = -2 * rho_[n] * -std::conj(a) - alpha_[n];
+    auto row = [&](Vector& rows, int64_t i) -> complex& { return rows[(i * H + h) * N + n]; };
+    for (int64_t i = 0; i < C + R; ++i) {
+      for (int64_t j = 0; j < M + R; ++j) {
+        const int64_t u = i * (M + R) + j, K = (C + R) * (M + R);
+        const double by_nu = nu_mu_[u * N + n], by_mu = nu_mu_[(K + u) * N + n];
+        const complex output = channel_.outputs[i * N + n], input = channel_.inputs[j * N + n];
+        const complex by_output = 2.0 * (by_mu - by_nu * std::conj(a)) * input;
+        const complex by_input = 2.0 * (by_mu - by_nu * std::conj(a)) * output;
+        by_a -= 2.0 * by_nu * std::conj(output * input);
+        if (i < C)
+          row(gradients.c, i) += by_output;
+        else
+          row(gradients.p, i - C) += std::conj(by_output);
+        if (j < M)
+          row(gradients.b, j) += by_input;
+        else
+          row(gradients.p, j - M) += by_input;
       }
     }
-    grad.add(resolvent, cosine, gamma);
-  });
+    row(gradients.w, 0) = channel_.delta * by_a;
+    gradients.log_dt[h] += (by_a * a).real();
+  }
 
-  const Vector a = grad.stored(grad.a), p = grad.stored(grad.p), b = grad.stored(grad.b);
-  Vector c = grad.stored(grad.c);
-  StateGradient state(channel.a);  // through the extension of c
-  for (int64_t i = 0; i < C; ++i) {
-    channel.extension.backward(problem.c_row(i, h), c.data() + i * N, state);
+  const Problem& problem_;
+  const Channel& channel_;
+  std::vector<double> nu_mu_, rho_, alpha_;
+  CauchyGradient sums_;
+};
+
+// grad (group, C, M, L), float64, which changes.
+void backward_group(const Problem& problem, int64_t group, const at::Tensor& grad, Gradients& gradients) {
+  const int64_t rows = problem.C * problem.M, period = problem.period;
+  const auto flat = grad.flatten(0, 2);
+  std::vector<at::Tensor> taps{flat.narrow(1, 0, problem.circles[0].taps)};
+  if (problem.L > period) {
+    taps.push_back(at::empty({flat.size(0), problem.L - period}, at::kDouble));
+    for (int64_t i = 0; i < flat.size(0); ++i) {
+      double *g = flat.data_ptr<double>() + i * problem.L,
+             *later = taps[1].data_ptr<double>() + i * taps[1].size(1);
+      for (int64_t l = problem.L - 1; l >= period; --l) {
+        g[l - period] += g[l];
+        later[l - period] = -g[l] * problem.circles[1].growth(l - period);
+      }
+    }
   }
-  gradients.log_dt[h] = grad.front + grad.kappa + channel.natural_delta * state.delta;
-  for (int64_t n = 0; n < N; ++n) {
-    const complex by_w = channel.delta * a[n] + channel.natural_delta * state.a[n];
-    gradients.w[h * N + n] = by_w;
-    gradients.log_dt[h] += (by_w * channel.a.w[n]).real();
-    for (int64_t r = 0; r < R; ++r) gradients.p[(r * H + h) * N + n] = p[r * N + n] + state.p[r * N + n];
-    for (int64_t m = 0; m < M; ++m) gradients.b[(m * H + h) * N + n] = b[m * N + n];
-    for (int64_t i = 0; i < C; ++i) gradients.c[(i * H + h) * N + n] = c[i * N + n];
-  }
+  std::vector<at::Tensor> spectra;
+  for (size_t i = 0; i < taps.size(); ++i)
+    spectra.push_back(at::fft_rfft(taps[i], problem.circles[i].count).contiguous());
+  Resolvent resolvent(problem);
+  for_each_channel(problem, group, [&](int64_t index, int64_t h) {
+    const Channel channel(problem, h);
+    ChannelGradient gradient(problem, channel);
+    resolvent.set(channel);
+    for (size_t i = 0; i < spectra.size(); ++i) {
+      const Nodes& nodes = problem.circles[i];
+      gradient.add(resolvent, nodes, spectrum_data(spectra[i]) + index * rows * nodes.bins);
+    }
+    gradient.write(h, gradients);
+  });
 }
 
 // rows (X, H, N) to pairs (X, S, N, 2), each the sum over its channels in order, conjugated as autograd
@@ -323,7 +309,7 @@ at::Tensor s4_kernel(const at::Tensor& w, const at::Tensor& p, const at::Tensor&
   if (k.numel() == 0) return k;
   AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "s4_kernel", [&] {
     scalar_t* data = k.data_ptr<scalar_t>();
-    parallel_for_each(problem.H, [&](int64_t h) { forward_channel(problem, h, data); });
+    parallel_for_each(problem.groups(), [&](int64_t group) { forward_group(problem, group, data); });
   });
   return k;
 }
@@ -336,9 +322,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> s4_kernel
   const Problem problem(w, p, b, c, log_dt, grad_k.size(3), nodes, rate);
   Gradients gradients(problem);
   if (grad_k.numel() > 0) {
-    parallel_for_each(problem.H, [&](int64_t h) {
-      const auto spectrum = at::fft_rfft(grad_k.select(2, h).to(at::kDouble), problem.nodes).contiguous();
-      backward_channel(problem, h, spectrum_data(spectrum), gradients);
+    parallel_for_each(problem.groups(), [&](int64_t group) {
+      const int64_t begin = group * problem.group(), size = std::min(problem.group(), problem.H - begin);
+      const auto part = grad_k.narrow(2, begin, size).permute({2, 1, 0, 3});
+      const auto grad = at::empty(part.sizes(), at::kDouble);
+      grad.copy_(part);
+      backward_group(problem, group, grad, gradients);
     });
   }
   const int64_t S = problem.S, H = problem.H, N = problem.N;

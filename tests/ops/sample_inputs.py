@@ -145,6 +145,9 @@ def diagonal_kernel_samples() -> list[Sample]:
         diagonal_kernel_sample("length_64", 64, N=1),
         diagonal_kernel_sample("length_65", 65, C=1, N=33),
         diagonal_kernel_sample("length_129", 129, H=9, S=3),
+        *(diagonal_kernel_sample(f"length_{length}", length, N=3) for length in (95, 96, 97, 127, 191, 192, 193)),
+        *(diagonal_kernel_sample(f"states_{N}", 100, C=1, N=N) for N in (1, 3, 8, 9, 33)),
+        *(diagonal_kernel_sample(f"real_states_{N}", 100, N=N, real=True) for N in (1, 9, 33)),
         diagonal_kernel_sample("length_1000", 1000, N=8),
         diagonal_kernel_sample("a_copy_a_channel", H=6, S=6),
         diagonal_kernel_sample("no_states", N=0),
@@ -271,6 +274,8 @@ def s4_kernel_samples() -> list[Sample]:
     return [
         *(s4_kernel_sample(f"rank_{R}", R=R) for R in range(4)),
         *(s4_kernel_sample(f"nodes_{nodes}", nodes, nodes) for nodes in (1, 2, 7, 63, 64, 65, 128)),
+        *(s4_kernel_sample(f"nodes_{nodes}", nodes, nodes, M=1, C=1) for nodes in (93, 94, 95, 96, 190, 193)),
+        *(s4_kernel_sample(f"states_{N}", 100, 96, M=1, C=1, N=N) for N in (1, 3, 8, 9, 33)),
         *(s4_kernel_sample(f"length_{length}", length, nodes=7) for length in (0, 1, 6, 8, 15, 100)),
         s4_kernel_sample("far_beyond_one_node", 200, nodes=1, R=2),
         s4_kernel_sample("beyond_several_blocks", 300, nodes=75, R=2),

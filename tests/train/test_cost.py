@@ -87,9 +87,9 @@ def test_attention_is_that_of_the_readme(measured):
 @pytest.mark.parametrize(
     ("options", "kernel", "kernel_backward"),
     [
-        ({"ssm_kind": "s4d"}, 7 * 2 * L, (6 + 8 * 2) * L),
-        ({"ssm_l_max": 64}, 76 * 64, 216 * 64),  # R = M = 1, C = 2 for two sides
-        ({"ssm_l_max": 30}, 76 * 60 + 2 * 24 * 30, 216 * 60 + 2 * 7 * 24 * 30),  # 30 are extended to 60
+        ({"ssm_kind": "s4d"}, 4 * 2 * L, 8 * 2 * L),
+        ({"ssm_l_max": 64}, 31 * 64, 90 * 64),  # R = M = 1, C = 2 for two sides: 6 Cauchy sums
+        ({"ssm_l_max": 30}, 31 * 60, 90 * 60),  # 1.5 nodes for each of the 20 taps beyond 30
     ],
     ids=["s4d", "s4", "s4_beyond_l_max"],
 )

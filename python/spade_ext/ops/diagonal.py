@@ -31,7 +31,7 @@ def diagonal_kernel(
         rate: the step's factor, a change of sampling rate.
 
     Returns:
-        (C, H, length), contiguous. float32 or float64 as w; the arithmetic is float64 either way.
+        (C, H, length), contiguous. float32 or float64 as w; powers are formed in float64 either way.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit, named in one sentence.

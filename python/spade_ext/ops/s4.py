@@ -12,7 +12,7 @@ def s4_kernel(
     ``k[m,c,h,l] = 2 Re(C[c,h] Abar[h]^l Bbar[m,h])`` for l in [0, length), where C Abar^l comes from the truncated
     ``c = C (I - Abar^nodes)``, ``Abar = (I - dt/2 A)^-1 (I + dt/2 A)``, ``Bbar = dt (I - dt/2 A)^-1 b`` and
     ``A = diag(w) - sum_r p_r p_r^*`` over all states, of which one of each conjugate pair is stored. Computed as a
-    Cauchy sum with Woodbury's formula at roots of unity. A length beyond nodes extends c, exactly.
+    Cauchy sum with Woodbury's formula at roots of unity, and at nodes inside the unit circle for a length beyond nodes.
 
     Args:
         w: (S, N, 2), complex numbers as real pairs, of non-positive real part; channel h uses copy h mod S.
@@ -24,8 +24,8 @@ def s4_kernel(
         length: number of taps.
         nodes: the truncation that c has been given, in tokens.
         rate: the step's factor, a change of sampling rate, from 1e-6 to 1e6, with nodes / rate at most 2^31. c belongs
-            to rate 1. Another rate is the published approximation, with round(nodes / rate) for nodes, and depends on
-            nodes and length: taps of a longer kernel, for which c is extended, differ from those of a shorter one.
+            to rate 1. Another rate is the published approximation, with round(nodes / rate), at least 1, for nodes: it
+            depends on nodes.
 
     Returns:
         (M, C, H, length), contiguous. float32 or float64 as w; the arithmetic is float64 either way.
@@ -42,13 +42,9 @@ def s4_kernel_ref(
     w: Tensor, p: Tensor, b: Tensor, c: Tensor, log_dt: Tensor, length: int, *, nodes: int, rate: float = 1.0
 ) -> Tensor:
     """`s4_kernel` by powers of dense matrices: k[l] = c Abar^l (I - Abar^n)^-1 Bbar, n roots of unity."""
-    matrix, row = state_matrix(w, p, log_dt), output_rows(c)
-    step = bilinear(matrix, log_dt)[0]
-    while round(nodes / rate) < max(length, 1):
-        row = row + times_power(row, step, nodes)
-        nodes *= 2
-    step, input_step = bilinear(matrix, log_dt, rate)
-    truncation = torch.eye(step.size(-1), dtype=torch.float64) - torch.linalg.matrix_power(step, round(nodes / rate))
+    row, nodes = output_rows(c), max(round(nodes / rate), 1)
+    step, input_step = bilinear(state_matrix(w, p, log_dt), log_dt, rate)
+    truncation = torch.eye(step.size(-1), dtype=torch.float64) - torch.linalg.matrix_power(step, nodes)
     columns = b.double().repeat(1, log_dt.size(0) // w.size(0), 1, 1).mT.flatten(2)  # (M, H, 2N)
     state = torch.linalg.solve(truncation, input_step @ columns[..., None]).squeeze(-1)
     rows = row.unsqueeze(0)  # c Abar^l, (L, C, H, 2N)

@@ -81,32 +81,29 @@ def long_conv_backward(**shapes: Any) -> float:
 
 def diagonal_kernel(c: Shape, length: int, **rest: Any) -> int:
     C, H, N, *pair = c
-    return (7 if pair else 2) * C * H * N * length
+    return (4 if pair else 2) * C * H * N * length
 
 
 def diagonal_kernel_backward(grad_k: Shape, c: Shape, **rest: Any) -> int:
     C, H, N, *pair = c
-    return (6 + 8 * C if pair else 1 + 4 * C) * H * N * grad_k[-1]
+    return (8 if pair else 4) * C * H * N * grad_k[-1]
 
 
-def _s4_kernel(p: Shape, b: Shape, c: Shape, length: int, nodes: int, rate: float) -> tuple[int, ...]:
-    """R, M, C; H N n of the roots in use; C H N times the tokens by which the truncation is extended."""
+def _s4_kernel(p: Shape, b: Shape, c: Shape, length: int, nodes: int, rate: float) -> tuple[float, int]:
+    """H N times the nodes that are evaluated, half of n by symmetry; the number of Cauchy sums at each."""
     R, M, (C, H, N, _) = p[0], b[0], c
-    truncation = nodes
-    while round(truncation / rate) < length:
-        truncation *= 2
-    return R, M, C, H * N * round(truncation / rate), C * H * N * (truncation - nodes)
+    n = max(round(nodes / rate), 1)
+    return H * N / 2 * (n + 1.5 * max(length - n, 0)), (C + R) * (M + R)
 
 
-def s4_kernel(p: Shape, b: Shape, c: Shape, length: int, nodes: int, rate: float = 1.0, **rest: Any) -> int:
-    R, M, C, roots, extension = _s4_kernel(p, b, c, length, nodes, rate)
-    return roots * (10 + (C + R) * (6 + 8 * (M + R))) + extension * (10 + 14 * R)
+def s4_kernel(p: Shape, b: Shape, c: Shape, length: int, nodes: int, rate: float = 1.0, **rest: Any) -> float:
+    evaluated, sums = _s4_kernel(p, b, c, length, nodes, rate)
+    return evaluated * (14 + 8 * sums)
 
 
-def s4_kernel_backward(grad_k: Shape, p: Shape, b: Shape, c: Shape, nodes: int, rate: float, **rest: Any) -> int:
-    R, M, C, roots, extension = _s4_kernel(p, b, c, grad_k[-1], nodes, rate)
-    forward = roots * (10 + (C + R) * (6 + 8 * (M + R)))
-    return forward + roots * (16 * R * (M + C) + 16 * C * M + 22 * C + 12 * M + 4 * R) + 7 * extension * (10 + 14 * R)
+def s4_kernel_backward(grad_k: Shape, p: Shape, b: Shape, c: Shape, nodes: int, rate: float, **rest: Any) -> float:
+    evaluated, sums = _s4_kernel(p, b, c, grad_k[-1], nodes, rate)
+    return evaluated * (36 + 24 * sums)
 
 
 FORMULAS: dict[str, Callable[..., float]] = {
