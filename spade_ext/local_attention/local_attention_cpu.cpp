@@ -19,13 +19,14 @@ using local_attention_shapes::Tensors;
 constexpr int64_t kTile = 64;   // queries, in whole panels
 constexpr int64_t kBlock = 96;  // keys that a tile of the backward meets at a time
 
-// Splits [0, size) of every (b, h) into blocks and calls body(b, h, rows) for each, on any thread.
+// Splits [0, size) of every (b, h) into blocks and calls body(b, h, rows) for each, on any thread. Heads come
+// first: their rows lie side by side.
 template <class Body>
 void for_each_block(int64_t B, int64_t H, int64_t size, int64_t block, const Body& body) {
   const int64_t blocks = (size + block - 1) / block;
-  parallel_for_each(B * H * blocks, [&](int64_t task) {
-    const int64_t row = task / blocks, begin = task % blocks * block;
-    body(row / H, row % H, Range{begin, std::min(begin + block, size)});
+  parallel_for_each(B * blocks * H, [&](int64_t task) {
+    const int64_t begin = task / H % blocks * block;
+    body(task / H / blocks, task % H, Range{begin, std::min(begin + block, size)});
   });
 }
 
@@ -118,8 +119,11 @@ class ForwardTask {
   }
 };
 
-// Queries of a task of the forward: enough that copying what they see costs little beside the products.
-constexpr int64_t kForwardRows = 256;
+// Queries of a task of the forward, in whole tiles: enough that copying what they see costs little beside the
+// products.
+inline int64_t forward_rows(int64_t reach) {
+  return std::clamp<int64_t>(2 * reach, 256, 1024) / kTile * kTile;
+}
 
 // What the backward of a problem knows beside it. Gradients that nobody wants are undefined; those of k and v
 // come together.
@@ -293,10 +297,12 @@ class BackwardTask {
   }
 };
 
-// Positions of a task of the backward: enough that few pairs are met twice and that the tables of the bias's
-// gradient are small beside the inputs.
-inline int64_t backward_rows(int64_t reach) {
-  return std::max({int64_t(256), std::min<int64_t>(4 * reach, 2048), reach / 16});
+// Of `size` positions those of a task of the backward, in whole tiles: enough that few pairs are met twice
+// and that the tables of the bias's gradient are small beside the inputs.
+inline int64_t backward_rows(int64_t size, int64_t reach) {
+  const int64_t most = std::max(std::clamp<int64_t>(8 * reach, 512, 2048), reach / 16);
+  const int64_t tiles = (size + kTile - 1) / kTile, tasks = (size + most - 1) / most;
+  return tasks == 0 ? kTile : (tiles + tasks - 1) / tasks * kTile;
 }
 
 // The gradient of the bias: the tasks' tables, added in order.
@@ -323,7 +329,7 @@ void run_backward(Backward<scalar_t> backward, const at::Tensor& grad_bias) {
   using acc_t = at::opmath_type<scalar_t>;
   const Problem<scalar_t>& problem = backward.problem;
   const Band& band = problem.band;
-  const int64_t size = std::max(band.Lq, band.Lk), rows = backward_rows(problem.bias.entries);
+  const int64_t size = std::max(band.Lq, band.Lk), rows = backward_rows(size, problem.bias.entries);
   if (grad_bias.defined()) {
     backward.bias_tables = at::zeros({problem.B, problem.H, (size + rows - 1) / rows, problem.bias.width},
                                      c10::CppTypeToScalarType<acc_t>::value);
@@ -353,7 +359,7 @@ std::tuple<at::Tensor, at::Tensor> local_attention_forward(
     const Problem<scalar_t> problem(tensors, options);
     const Rows<scalar_t> out_rows(out);
     auto* statistics = lse.data_ptr<at::opmath_type<scalar_t>>();
-    for_each_block(problem.B, problem.Hkv, problem.band.Lq, kForwardRows,
+    for_each_block(problem.B, problem.Hkv, problem.band.Lq, forward_rows(problem.bias.entries),
                    [&](int64_t b, int64_t head, Range queries) {
                      ForwardTask<scalar_t>(problem, b, queries).run(head, queries, out_rows, statistics);
                    });

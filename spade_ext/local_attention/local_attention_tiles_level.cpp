@@ -121,11 +121,16 @@ void store_vector(Vectorized<T> values, scalar_t* y, int64_t n) {
     at::vec::convert_from_float<scalar_t>(values, values).store(y, count);
 }
 
+// Rows of one head lie far apart, which the CPU's own prefetching does not see through.
+constexpr int64_t kRowsAhead = 16;
+
 template <class scalar_t, class T = at::opmath_type<scalar_t>>
 void load(const scalar_t* x, int64_t stride, const T* factor, int64_t rows, int64_t width, T* panels) {
   for (int64_t r = 0; r < rows; ++r) {
     const T weight = factor ? factor[r] : T(1);
+    const scalar_t* ahead = x + (r + kRowsAhead) * stride;
     for (int64_t d = 0; d < width; d += kLanes<T>) {
+      __builtin_prefetch(ahead + d);
       T* y = panels + (d / kPanel<T> * rows + r) * kPanel<T> + d % kPanel<T>;
       if (weight == 0)
         Vectorized<T>(T(0)).store(y);
@@ -149,12 +154,21 @@ void store(const T* panels, int64_t panel_rows, const T* factor, int64_t rows, i
 
 template <class T>
 void transpose(const T* x, int64_t rows, int64_t width, T* y) {
-  for (int64_t begin = 0; begin < rows; begin += kPanel<T>) {
-    const int64_t count = rows - begin < kPanel<T> ? rows - begin : kPanel<T>;
-    for (int64_t d = 0; d < width; ++d, y += kPanel<T>) {
-      const T* column = x + (d / kPanel<T> * rows + begin) * kPanel<T> + d % kPanel<T>;
-      for (int64_t r = 0; r < count; ++r) y[r] = column[r * kPanel<T>];
-      for (int64_t r = count; r < kPanel<T>; ++r) y[r] = 0;
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t begin = 0; begin < rows; begin += kPanel<T>, y += width * kPanel<T>) {
+    for (int64_t d = 0; d < width; d += lanes) {
+      const T* block = x + (d / kPanel<T> * rows + begin) * kPanel<T> + d % kPanel<T>;
+      for (int64_t r = 0; r < kPanel<T>; r += lanes, block += lanes * kPanel<T>) {
+        T* column = y + d * kPanel<T> + r;
+        if (begin + r + lanes <= rows && d + lanes <= width) {
+          at::vec::transpose_mxn<T, lanes, lanes>(block, kPanel<T>, column, kPanel<T>);
+          continue;
+        }
+        for (int64_t e = 0; e < lanes && d + e < width; ++e) {
+          for (int64_t l = 0; l < lanes; ++l)
+            column[e * kPanel<T> + l] = begin + r + l < rows ? block[l * kPanel<T> + e] : T(0);
+        }
+      }
     }
   }
 }
@@ -179,7 +193,8 @@ constexpr T factorial(int n) {
   return n < 2 ? T(1) : n * factorial<T>(n - 1);
 }
 
-// By x = n log 2 + r and Taylor's polynomial of exp(r). NaN stays; 0 below the normal numbers.
+// For x up to 88, by x = n log 2 + r and Taylor's polynomial of exp(r). NaN stays; 0 below the normal
+// numbers.
 template <class T>
 C10_ALWAYS_INLINE Vectorized<T> exponential(Vectorized<T> x) {
   using Vec = Vectorized<T>;
@@ -189,7 +204,7 @@ C10_ALWAYS_INLINE Vectorized<T> exponential(Vectorized<T> x) {
   constexpr T magic =
       single ? 0x1.8p23 : 0x1.8p52;  // rounds to an integer, in its lowest bits, what it is added to
   constexpr Int one = single ? 0x3f800000 : 0x3ff0000000000000;
-  x = at::vec::clamp(x, Vec(single ? -88 : -709), Vec(T(single ? 88.8 : 709.8)));
+  x = at::vec::clamp_min(x, Vec(T(single ? -88 : -709)));
   const Vec n = at::vec::fmadd(x, Vec(T(1.4426950408889634)), Vec(magic));
   const Vec r = at::vec::fmadd(n - Vec(magic), Vec(T(-0.69314718055994531)), x);
   constexpr auto coefficient = [](int k) { return T(1) / factorial<T>(k); };
