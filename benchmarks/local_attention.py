@@ -30,6 +30,7 @@ def three_blocks(L: int, left: int, right: int) -> Callable[..., Tensor]:
         return torch.cat((t[:, :-2], t[:, 1:-1], t[:, 2:]), dim=2)  # (B, blocks, 3 size, H, D)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
         q = F.pad(q * q.size(-1) ** -0.5, (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, size))
         position_bias = F.embedding(entry, bias.T).permute(2, 0, 1) + mask  # (blocks, H, size, 3 size)
         p = (torch.einsum("bnihd,bnjhd->bnhij", q, neighbours(k)) + position_bias).softmax(-1)
@@ -45,7 +46,7 @@ def dense_band(L: int, left: int, right: int) -> Callable[..., Tensor]:
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
 
     return attention
 
@@ -58,11 +59,18 @@ def flops(B: int, L: int, H: int, D: int, left: int, right: int) -> tuple[float,
 
 def main() -> None:
     benchmark = Benchmark(__doc__)
-    shapes = [(1, 3072, 8, 128, (511, 0)), (8, 1024, 4, 64, (127, 127)), (4, 1024, 8, 64, (16, 16))]
-    quick_shapes = [(1, 100, 2, 16, (31, 0)), (2, 96, 2, 16, (5, 5))]
-    for B, L, H, D, window in quick_shapes if benchmark.quick else shapes:
-        case = f"B {B} L {L} H {H} D {D} window {window}"
-        inputs = list(torch.randn(3, B, L, H, D))
+    shapes = [
+        (1, 3072, 8, 8, 128, (511, 0)),
+        (8, 1024, 4, 4, 64, (127, 127)),
+        (4, 4096, 8, 8, 64, (127, 127)),
+        (32, 1024, 4, 2, 16, (33, 33)),
+        (8, 1024, 4, 4, 64, (16, 16)),
+        (8, 512, 4, 4, 64, (511, 511)),
+    ]
+    quick_shapes = [(1, 100, 2, 2, 16, (31, 0)), (2, 96, 2, 1, 16, (5, 5))]
+    for B, L, H, Hkv, D, window in quick_shapes if benchmark.quick else shapes:
+        case = f"B {B} L {L} H {H}/{Hkv} D {D} window {window}"
+        inputs = [torch.randn(B, L, heads, D) for heads in (H, Hkv, Hkv)]
         bias = torch.randn(H, sum(window) + 1)
         work = flops(B, L, H, D, *window)
 

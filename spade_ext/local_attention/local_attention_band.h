@@ -15,33 +15,52 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// A range for each row of (B, L). Neither end falls from one row to the next.
+// What holds both, of which either may be empty.
+inline Range hull(Range x, Range y) {
+  if (x.size() == 0) return y;
+  if (y.size() == 0) return x;
+  return {std::min(x.begin, y.begin), std::max(x.end, y.end)};
+}
+inline Range intersection(Range x, Range y) {
+  const int64_t begin = std::max(x.begin, y.begin);
+  return {begin, std::max(begin, std::min(x.end, y.end))};
+}
+
+// A range for each row of (B, L), or of (1, L) where all b have the same. Neither end falls from one row to
+// the next.
 class Ranges {
  public:
   Ranges(int64_t B, int64_t L)
-      : length_(L), memory_(at::empty({B, L, 2}, at::kLong)), data_(memory_.data_ptr<int64_t>()) {}
+      : same_(B == 1),
+        length_(L),
+        memory_(at::empty({B, L, 2}, at::kLong)),
+        data_(memory_.data_ptr<int64_t>()) {}
 
   void set(int64_t b, int64_t row, Range range) {
     entry(b, row)[0] = range.begin, entry(b, row)[1] = range.end;
   }
   Range of(int64_t b, int64_t row) const { return {entry(b, row)[0], entry(b, row)[1]}; }
   // From the first row's begin to the last row's end.
-  Range of(int64_t b, Range rows) const { return {of(b, rows.begin).begin, of(b, rows.end - 1).end}; }
+  Range of(int64_t b, Range rows) const {
+    return rows.size() == 0 ? Range{0, 0} : Range{of(b, rows.begin).begin, of(b, rows.end - 1).end};
+  }
   bool overlaps_previous(int64_t b, int64_t row) const { return of(b, row).begin < of(b, row - 1).end; }
 
  private:
+  bool same_;
   int64_t length_;
   at::Tensor memory_;
   int64_t* data_;
 
-  int64_t* entry(int64_t b, int64_t row) const { return data_ + (b * length_ + row) * 2; }
+  int64_t* entry(int64_t b, int64_t row) const { return data_ + ((same_ ? 0 : b) * length_ + row) * 2; }
 };
 
 // Query i, at position i + Lk - Lq, reaches the keys from position - left to position + right that stand in
 // its segment and in its chunk, and sees the real ones among them.
 class Band {
  public:
-  int64_t B, Lq, Lk, left, right;
+  int64_t B;  // 1 where neither mask nor segments tell one row of the batch from another
+  int64_t Lq, Lk, left, right;
   std::optional<int64_t> chunk_size;
   Ranges keys;        // of each query: from the first to the last key that it sees, or empty
   at::Tensor counts;  // (B, Lq) int64: how many keys it sees
@@ -49,7 +68,7 @@ class Band {
   // mask (B, Lk) bool and segment_ids (B, Lk) int64, contiguous, or undefined.
   Band(int64_t B_, int64_t Lq_, int64_t Lk_, int64_t left_, int64_t right_,
        std::optional<int64_t> chunk_size_, const at::Tensor& mask, const at::Tensor& segment_ids)
-      : B(B_),
+      : B(mask.defined() || segment_ids.defined() ? B_ : 1),
         Lq(Lq_),
         Lk(Lk_),
         left(left_),
@@ -66,9 +85,9 @@ class Band {
   }
 
   int64_t position(int64_t i) const { return i + Lk - Lq; }
-  int64_t bias_entry(int64_t i, int64_t j) const { return left + j - position(i); }
-  // True at the real keys of a row, or null where all are.
-  const bool* mask(int64_t b) const { return mask_ ? mask_ + b * Lk : nullptr; }
+  // left and right as far as there are keys.
+  int64_t reach_left() const { return std::min(left, Lk - 1); }
+  int64_t reach_right() const { return std::min(right, Lq - 1); }
   bool is_real(int64_t b, int64_t j) const { return !mask_ || mask_[b * Lk + j]; }
 
   // Of each key that is no padding, the queries that see it.

@@ -1,13 +1,14 @@
-// What the tasks of the CPU kernel read: rows at their strides, scores, and copies of the rows a block sees.
+// What the tasks of the CPU kernel read, and their scratch.
 #pragma once
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <spade_ext/core/row_products.h>
 #include <spade_ext/local_attention/local_attention_band.h>
 #include <spade_ext/local_attention/local_attention_shapes.h>
+#include <spade_ext/local_attention/local_attention_tiles.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 
 namespace spade_ext::local_attention_cpu {
@@ -23,6 +24,7 @@ struct Rows {
   scalar_t* at(int64_t b, int64_t l, int64_t h) const {
     return data + b * tensor.stride(0) + l * tensor.stride(1) + h * tensor.stride(2);
   }
+  int64_t stride() const { return tensor.stride(1); }
 };
 
 // What a contiguous tensor of `type` says, or nothing.
@@ -30,14 +32,45 @@ inline at::Tensor contiguous(const OptionalTensor& t, at::ScalarType type) {
   return is_given(t) ? t->to(type).contiguous() : at::Tensor();
 }
 
+// One table a head of what is added to products, by p(i) - j in rising order: a query's next entry is that of
+// the next query. Where the band ends it is -inf, for as many entries as tiles may look beyond.
+template <class acc_t>
+class BiasTables {
+ public:
+  int64_t entries, pad, width;
+
+  BiasTables(const at::Tensor& bias, const Band& band, int64_t pad_)
+      : entries(std::max<int64_t>(band.reach_left() + band.reach_right() + 1, 0)),
+        pad(pad_),
+        width(entries + 2 * pad),
+        shift_(pad + band.reach_right() + band.Lk - band.Lq),
+        tables_(at::full({bias.defined() ? bias.size(0) : 1, width}, -std::numeric_limits<acc_t>::infinity(),
+                         c10::CppTypeToScalarType<acc_t>::value)) {
+    auto inside = tables_.narrow(1, pad, entries);
+    bias.defined() ? inside.copy_(of_band(bias, band).flip(1)) : inside.zero_();
+  }
+  // The entries of a bias that the band can reach.
+  at::Tensor of_band(const at::Tensor& bias, const Band& band) const {
+    return bias.narrow(1, band.left - band.reach_left(), entries);
+  }
+  int64_t entry(int64_t i, int64_t j) const { return shift_ + i - j; }
+  const acc_t* at(int64_t h, int64_t i, int64_t j) const {
+    return tables_.template data_ptr<acc_t>() + (tables_.size(0) == 1 ? 0 : h) * width + entry(i, j);
+  }
+
+ private:
+  int64_t shift_;
+  at::Tensor tables_;
+};
+
 template <class scalar_t>
 struct Problem {
   using acc_t = at::opmath_type<scalar_t>;
+  const LocalAttentionTiles<scalar_t>& tiles = local_attention_tiles<scalar_t>();
   int64_t B, H, Hkv, D, Dv;
   Band band;
   Rows<scalar_t> q, k, v;
-  at::Tensor bias;    // contiguous, or undefined
-  at::Tensor scales;  // (B, Lq): what each query's products are multiplied by
+  BiasTables<acc_t> bias;
   local_attention_math::Activation activation;
   local_attention_math::Dropout dropout;
 
@@ -53,158 +86,60 @@ struct Problem {
         q(t.q),
         k(t.k),
         v(t.v),
-        bias(contiguous(t.bias, t.q.scalar_type())),
-        scales(options.scale
-                   ? at::full({B, band.Lq}, *options.scale, local_attention_shapes::statistics_options(t.q))
-                   : band.counts.clamp_min(1).to(at::toOpMathType(t.q.scalar_type())).reciprocal()),
-        activation(local_attention_shapes::check_activation(options.activation)) {
+        bias(contiguous(t.bias, t.q.scalar_type()), band, 2 * tiles.panel),
+        activation(local_attention_shapes::check_activation(options.activation)),
+        scales_(options.scale
+                    ? at::full({1, band.Lq}, *options.scale, local_attention_shapes::statistics_options(t.q))
+                    : band.counts.clamp_min(1).to(at::toOpMathType(t.q.scalar_type())).reciprocal()),
+        real_keys_(contiguous(t.attention_mask, at::toOpMathType(t.q.scalar_type()))) {
     if (options.dropout_p > 0) dropout = {options.dropout_p, t.dropout_seed->template item<int64_t>()};
   }
 
-  int64_t key_head(int64_t h) const { return h / (H / Hkv); }
-  const acc_t* scales_of(int64_t b) const { return scales.template data_ptr<acc_t>() + b * band.Lq; }
-
-  // Calls body for each run of keys in `keys` that are not padding, whose content must not be read.
+  int64_t group() const { return H / Hkv; }
+  // What query i's products are multiplied by.
+  const acc_t* scales(int64_t b, int64_t i) const {
+    return scales_.template data_ptr<acc_t>() + (scales_.size(0) == 1 ? 0 : b) * band.Lq + i;
+  }
+  // 1 or, for padding, 0; null where there is none.
+  const acc_t* real_keys(int64_t b, int64_t j) const {
+    return real_keys_.defined() ? real_keys_.template data_ptr<acc_t>() + b * band.Lk + j : nullptr;
+  }
+  // Elements of a matrix in panels.
+  int64_t size(int64_t rows, int64_t width) const {
+    return (width + tiles.panel - 1) / tiles.panel * tiles.panel * rows;
+  }
+  int64_t vectors(int64_t columns) const { return columns > tiles.lanes ? 2 : 1; }
+  // Calls body(panel, vectors) for the panels of a matrix.
   template <class Body>
-  void for_each_run(int64_t b, Range keys, const Body& body) const {
-    const bool* real = band.mask(b);
-    for (int64_t j = keys.begin; j < keys.end;) {
-      const int64_t end = real ? std::find(real + j, real + keys.end, false) - real : keys.end;
-      if (end > j) body(Range{j, end});
-      j = end + 1;
+  void for_each_panel(int64_t width, const Body& body) const {
+    for (int64_t p = 0; p * tiles.panel < width; ++p) body(p, vectors(width - p * tiles.panel));
+  }
+  // Keys are rows of x, a panel of queries from i on its columns: x <- keep x / (1 - p).
+  void drop(int64_t b, int64_t h, Range queries, Range keys, acc_t* x) const {
+    if (dropout.threshold == 0) return;
+    for (int64_t j = keys.begin; j < keys.end; ++j, x += tiles.panel) {
+      const uint64_t first = (uint64_t(b * H + h) * band.Lq + queries.begin) * band.Lk + j;
+      dropout.apply(x, queries.size(), first, band.Lk);
     }
-  }
-  // score <- scale score + bias for query i and its keys, -inf for padding.
-  void finish_scores_of_keys(int64_t b, int64_t h, int64_t i, Range keys, acc_t* score) const {
-    const acc_t scale = scales_of(b)[i];
-    const scalar_t* entry = bias_entry(h, i, keys.begin);
-    for (int64_t j = 0; j < keys.size(); ++j) {
-      score[j] = scale * score[j] + (entry ? static_cast<acc_t>(entry[j]) : 0);
-    }
-    fill_padding(b, keys, score, -std::numeric_limits<acc_t>::infinity());
-  }
-  // The same for key j, which is no padding, and its queries: the next query's entry is the one before.
-  void finish_scores_of_queries(int64_t b, int64_t h, Range queries, int64_t j, acc_t* score) const {
-    const acc_t* scale = scales_of(b) + queries.begin;
-    const scalar_t* entry = bias_entry(h, queries.begin, j);
-    for (int64_t i = 0; i < queries.size(); ++i) {
-      score[i] = scale[i] * score[i] + (entry ? static_cast<acc_t>(entry[-i]) : 0);
-    }
-  }
-  void fill_padding(int64_t b, Range keys, acc_t* row, acc_t value) const {
-    const bool* real = band.mask(b);
-    for (int64_t j = 0; real && j < keys.size(); ++j) {
-      if (!real[keys.begin + j]) row[j] = value;
-    }
-  }
-  // weight <- keep weight / (1 - p) for query i and its keys, and for key j and its queries.
-  void drop_of_keys(int64_t b, int64_t h, int64_t i, Range keys, acc_t* weight) const {
-    dropout.apply(weight, keys.size(), pair(b, h, i, keys.begin), 1);
-  }
-  void drop_of_queries(int64_t b, int64_t h, Range queries, int64_t j, acc_t* weight) const {
-    dropout.apply(weight, queries.size(), pair(b, h, queries.begin, j), band.Lk);
   }
 
  private:
-  const scalar_t* bias_entry(int64_t h, int64_t i, int64_t j) const {
-    if (!bias.defined()) return nullptr;
-    return bias.template data_ptr<scalar_t>() + h * (band.left + band.right + 1) + band.bias_entry(i, j);
-  }
-  // The number of a pair, modulo 2^64.
-  uint64_t pair(int64_t b, int64_t h, int64_t i, int64_t j) const {
-    return (uint64_t(b * H + h) * band.Lq + i) * band.Lk + j;
-  }
+  at::Tensor scales_, real_keys_;
 };
 
-// Vector loops run on whole vectors, so past the end of a row of scratch, by less than this.
-constexpr int64_t kSlack = 16;
-
-template <class acc_t>
-int64_t whole_vectors(int64_t n) {
-  const int64_t lanes = row_products<acc_t>().lanes;
-  return (n + lanes - 1) / lanes * lanes;
-}
-
-// Scratch: a matrix with slack at the end of each row.
-template <class acc_t>
-struct Matrix {
-  int64_t stride;
+// One allocation in `count` parts, each at a cache line.
+template <class acc_t, size_t count>
+struct Scratch {
   at::Tensor memory;
-  acc_t* data;
+  std::array<acc_t*, count> parts;
 
-  Matrix(int64_t rows, int64_t width)
-      : stride(width + kSlack),
-        memory(at::empty({rows, stride}, c10::CppTypeToScalarType<acc_t>::value)),
-        data(memory.data_ptr<acc_t>()) {}
-  acc_t* row(int64_t r) const { return data + r * stride; }
-  void zero() { std::fill_n(data, memory.numel(), acc_t(0)); }
-  operator MatrixView<acc_t>() const { return {data, stride}; }
-  operator MatrixView<const acc_t>() const { return {data, stride}; }
-};
-
-// Some rows of one head in the type of sums: where they stand, or a copy if their type is another one or if
-// they do not end with a whole vector.
-template <class scalar_t>
-struct Slab {
-  using acc_t = at::opmath_type<scalar_t>;
-  int64_t begin, stride;
-  std::optional<Matrix<acc_t>> copy;
-  const acc_t* data;
-
-  Slab(const Rows<scalar_t>& rows, int64_t b, int64_t h, Range range) : begin(range.begin) {
-    const int64_t width = rows.tensor.size(3), padded = whole_vectors<acc_t>(width);
-    if constexpr (std::is_same_v<scalar_t, acc_t>) {
-      if (width == padded) {
-        data = rows.at(b, begin, h), stride = rows.tensor.stride(1);
-        return;
-      }
-    }
-    copy.emplace(range.size(), padded);
-    data = copy->data, stride = copy->stride;
-    for (int64_t l = 0; l < range.size(); ++l) {
-      std::copy_n(rows.at(b, begin + l, h), width, copy->row(l));
-      std::fill_n(copy->row(l) + width, padded - width, acc_t(0));
-    }
-  }
-  MatrixView<const acc_t> from(int64_t l) const { return {data + (l - begin) * stride, stride}; }
-};
-
-// Some rows of one head, transposed: (width, rows).
-template <class scalar_t>
-struct TransposedSlab {
-  using acc_t = at::opmath_type<scalar_t>;
-  int64_t begin, width;
-  Matrix<acc_t> columns;
-
-  TransposedSlab(const Rows<scalar_t>& rows, int64_t b, int64_t h, Range range)
-      : begin(range.begin), width(rows.tensor.size(3)), columns(width, range.size()) {
-    const scalar_t* source = rows.at(b, range.begin, h);
-    for (int64_t d = 0; d < width; ++d) {
-      acc_t* column = columns.row(d);
-      for (int64_t l = 0; l < range.size(); ++l) column[l] = source[l * rows.tensor.stride(1) + d];
-      std::fill_n(column + range.size(), kSlack, acc_t(0));
-    }
-  }
-  // out (n, range.size()) = x . row l for n rows x; the slack of out gets numbers without meaning.
-  void dots(MatrixView<const acc_t> x, int64_t n, Range range, MatrixView<acc_t> out) const {
-    const int64_t padded = whole_vectors<acc_t>(range.size());
-    for (int64_t r = 0; r < n; ++r) std::fill_n(out.data + r * out.stride, padded, acc_t(0));
-    row_products<acc_t>().multiply_add(x, {columns.row(0) + range.begin - begin, columns.stride}, out, n,
-                                       width, padded);
+  explicit Scratch(std::array<int64_t, count> sizes) {
+    int64_t total = 0;
+    for (int64_t& size : sizes) size = (size + 15) / 16 * 16, total += size;
+    memory = at::empty({total}, c10::CppTypeToScalarType<acc_t>::value);
+    acc_t* part = memory.template data_ptr<acc_t>();
+    for (size_t n = 0; n < count; ++n) parts[n] = part, part += sizes[n];
   }
 };
-
-// exp of n entries of a row of scratch, which are followed by slack or by entries without meaning.
-template <class acc_t>
-void exp(acc_t* x, int64_t n) {
-  row_products<acc_t>().exp(x, whole_vectors<acc_t>(n));
-}
-
-// A row holds entries for `all`; those outside of `part` become 0.
-template <class acc_t>
-void zero_outside(acc_t* row, Range all, Range part) {
-  std::fill(row, row + (part.begin - all.begin), acc_t(0));
-  std::fill(row + (part.end - all.begin), row + all.size(), acc_t(0));
-}
 
 }  // namespace spade_ext::local_attention_cpu

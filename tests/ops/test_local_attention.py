@@ -49,6 +49,38 @@ def test_matches_reference(sample, dtype):
     check_against_reference(local_attention, local_attention_ref, sample, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("L", "D"),
+    [(L, 20) for L in (1, 31, 32, 33, 63, 64, 65, 127, 128, 129)] + [(129, D) for D in (1, 7, 8, 16, 64, 128)],
+)
+@pytest.mark.parametrize("window", [(33, 33), (16, 16), (7, 0), (200, 200)], ids=str)
+def test_edges_of_tiles_match_reference(L, D, window, dtype):
+    torch.manual_seed(L + D)
+    sample = local_attention_sample("", B=1, Lq=L, H=2, Hkv=1, D=D, Dv=D + 1, window=window, bias=True)
+    check_against_reference(local_attention, local_attention_ref, sample, dtype)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (100, 7)},
+        {"window": (0, 90), "attention_mask": padding((0, 530), (400, 1200), length=1200)},
+        {"window": (300, 0), "Lq": 700},
+        {"window": (20, 20), "Lq": 1900},
+        {"chunk_size": 90, "segment_ids": segments((500, 700), (5, 1195)), **dropout()},
+        {"activation": "laplace", "causal": True},
+    ],
+    ids=str,
+)
+def test_rows_of_several_tasks(options, set_threads):
+    torch.manual_seed(0)
+    options = {"Lq": 1200} | options
+    sample = local_attention_sample("", H=2, Hkv=1, D=3, Lk=1200, bias=True, **options)
+    check_against_reference(local_attention, local_attention_ref, sample, torch.float64)
+    check_same_bits(local_attention, sample.to(torch.float32), set_threads)
+
+
 @st.composite
 def masks(draw, B, Lk):
     """None, or of each row a stretch or any of its tokens."""
@@ -107,7 +139,7 @@ def random_samples(draw):
     )
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=400, derandomize=True, deadline=None)
 @given(sample=random_samples())
 def test_matches_reference_in_random_combinations(sample):
     check_against_reference(local_attention, local_attention_ref, sample, torch.float64)
