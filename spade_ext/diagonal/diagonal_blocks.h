@@ -26,11 +26,13 @@ struct BlockGradients {
   T *in, *out, *power, *pairs;  // (rows, kBlock), (C, rows, kBlock), (rows), (C, kBlock, kBlock)
 };
 
-// Channels of one row: token t of channel i at data[i * channel_stride + t * token_stride].
+// Channels of one row, token t of channel i at data[i * channel_stride + t * token_stride]; in brackets, of
+// token 0.
 template <class T>
 struct Signal {
   T* data;
   int64_t channel_stride, token_stride;
+  T& operator[](int64_t channel) const { return data[channel * channel_stride]; }
   Signal from(int64_t token) const { return {data + token * token_stride, channel_stride, token_stride}; }
 };
 

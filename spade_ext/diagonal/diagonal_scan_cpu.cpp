@@ -62,6 +62,8 @@ struct ScanProblem : System<T> {
   static constexpr double factor = pairs ? 2.0 : 1.0;
   int64_t rows() const { return pairs ? 2 * this->N : this->N; }
   int64_t systems() const { return directions * H; }
+  // The tokens before it come in whole blocks.
+  int64_t whole() const { return L / kBlock * kBlock; }
   T input_weight(int64_t h, int64_t n) const { return b.data[(h % this->S) * this->N + n]; }
 };
 
@@ -131,8 +133,13 @@ struct Channels {
   int64_t system_of(int64_t i) const { return direction * p.H + first + i; }
   double* c_row(int64_t j) const { return c.data + j * rows * lanes; }
   T at(const double* numbers, int64_t n, int64_t i) const { return get<T>(numbers, p.N, lanes, n, i); }
-  // The tokens before it come in whole blocks.
-  int64_t whole() const { return p.L / kBlock * kBlock; }
+  const double* skip_row(int64_t j) const { return skip.data + j * lanes; }
+  int64_t whole() const { return p.whole(); }
+  // The second direction adds to what the first has written.
+  bool adds() const { return direction > 0; }
+  void put(double value, scalar_t& element) const {
+    element = static_cast<scalar_t>(adds() ? element + value : value);
+  }
 
   // Channel `first` of row b of a (B, H, L), in this direction's order of time.
   template <class V>
@@ -173,30 +180,31 @@ struct Channels {
           set(powers.data + k * rows * lanes, p.N, lanes, n, i, far);
       }
       for (int64_t j = 0; j < p.C; ++j) {
-        lags[j * kBlock] += skip.data[j * lanes + i];
+        lags[j * kBlock] += skip_row(j)[i];
         for (int64_t t = 0; t < kBlock; ++t)
           system.local[((2 * j + 1) * kBlock + t) * lanes + i] = rounded<scalar_t>(lags[j * kBlock + t]);
       }
     }
   }
 
-  // A row's states, (systems, N), to and from vectors.
-  void load_state(const T* states, double* x) const {
+  // The states of row b of (B, systems, N), to and from vectors.
+  void load_state(const T* states, int64_t b, double* x) const {
     std::fill_n(x, rows * lanes, 0.0);
     for (int64_t i = 0; i < count; ++i) {
-      for (int64_t n = 0; n < p.N; ++n) set(x, p.N, lanes, n, i, states[system_of(i) * p.N + n]);
+      for (int64_t n = 0; n < p.N; ++n) set(x, p.N, lanes, n, i, states[state_row(b, i) + n]);
     }
   }
-  void store_state(const double* x, T* states) const {
+  void store_state(const double* x, int64_t b, T* states) const {
     for (int64_t i = 0; i < count; ++i) {
-      for (int64_t n = 0; n < p.N; ++n) states[system_of(i) * p.N + n] = at(x, n, i);
+      for (int64_t n = 0; n < p.N; ++n) states[state_row(b, i) + n] = at(x, n, i);
     }
   }
+  int64_t state_row(int64_t b, int64_t i) const { return (b * p.systems() + system_of(i)) * p.N; }
 
   // One token, its inputs at `u`.
   void advance(double* x, Signal<const scalar_t> u) const {
     for (int64_t i = 0; i < count; ++i) {
-      const double input = u.data[i * u.channel_stride];
+      const double input = u[i];
       for (int64_t n = 0; n < p.N; ++n)
         set(x, p.N, lanes, n, i, at(abar.data, n, i) * at(x, n, i) + at(bbar.data, n, i) * input);
     }
@@ -214,49 +222,65 @@ void for_each_tile(int64_t whole, const Body& body) {
   for (int64_t t = 0; t < whole; t += kTile) body(t, std::min(kTileBlocks, (whole - t) / kBlock));
 }
 
-// Writes y (B, C, H, L) of some channels and moves their states (B, systems, N) to the sequence's other end.
+template <class Body>
+void for_each_tile_backwards(int64_t whole, const Body& body) {
+  const int64_t last = (whole - 1) / kTile * kTile;
+  for (int64_t t = last; t >= 0 && whole > 0; t -= kTile)
+    body(t, std::min(kTileBlocks, (whole - t) / kBlock));
+}
+
+// Room for one tile at a time.
+template <class scalar_t>
+struct Workspace {
+  int64_t lanes;
+  Buffer<scalar_t> u, grad_u, y, scratch;
+
+  template <class T>
+  explicit Workspace(const ScanProblem<T>& p)
+      : lanes(blocks_of<scalar_t>().lanes),
+        u(kTile * lanes),
+        grad_u(kTile * lanes),
+        y(p.C * kTile * lanes),
+        scratch(2 * kTileBlocks * p.rows() * lanes) {}
+  scalar_t* output(int64_t j) const { return y.data + j * kTile * lanes; }
+};
+
+// Writes y (B, C, H, L) of a vector of channels and moves its states (B, systems, N) to the sequence's other
+// end.
 template <class T, class scalar_t>
 struct Forward {
-  const Channels<T, scalar_t> channels;
+  Channels<T, scalar_t> channels;
   Buffer<double> x;
-  Buffer<scalar_t> u_tile, y_tiles, scratch;
+  Signal<const scalar_t> u{};
+  std::vector<Signal<scalar_t>> y;
 
   Forward(const ScanProblem<T>& p, int64_t first, int64_t direction)
-      : channels(p, first, direction),
-        x(channels.rows * channels.lanes),
-        u_tile(kTile * channels.lanes),
-        y_tiles(p.C * kTile * channels.lanes),
-        scratch(kTileBlocks * channels.rows * channels.lanes) {}
+      : channels(p, first, direction), x(channels.rows * channels.lanes), y(p.C) {}
 
-  void run(int64_t b, at::TensorAccessor<const scalar_t, 3> u, T* states, at::TensorAccessor<scalar_t, 4> y) {
-    const auto& p = channels.p;
-    const auto& blocks = channels.blocks;
-    const auto input = channels.signal(u, b);
-    const bool add = channels.direction > 0;
-    std::vector<Signal<scalar_t>> outputs;
-    for (int64_t j = 0; j < p.C; ++j) outputs.push_back(channels.signal(y[b], j));
-    channels.load_state(states + b * p.systems() * p.N, x.data);
-    for_each_tile(channels.whole(), [&](int64_t t, int64_t count) {
-      blocks.load(input.from(t), channels.count, count * kBlock, u_tile.data);
-      blocks.forward(channels.system, count, u_tile.data, x.data, y_tiles.data, scratch.data);
-      for (int64_t j = 0; j < p.C; ++j)
-        blocks.store(y_tiles.data + j * kTile * channels.lanes, add, channels.count, count * kBlock,
-                     outputs[j].from(t));
-    });
-    for (int64_t t = channels.whole(); t < p.L; ++t) {
-      const auto token = input.from(t);
-      channels.advance(x.data, token);
-      for (int64_t j = 0; j < p.C; ++j) {
-        const auto target = outputs[j].from(t);
-        for (int64_t i = 0; i < channels.count; ++i) {
-          const double value = channels.output(x.data, j, i) + channels.skip.data[j * channels.lanes + i] *
-                                                                   token.data[i * token.channel_stride];
-          scalar_t& element = target.data[i * target.channel_stride];
-          element = static_cast<scalar_t>(add ? element + value : value);
-        }
+  void start(int64_t b, at::TensorAccessor<const scalar_t, 3> u_, const T* states,
+             at::TensorAccessor<scalar_t, 4> y_) {
+    u = channels.signal(u_, b);
+    for (size_t j = 0; j < y.size(); ++j) y[j] = channels.signal(y_[b], j);
+    channels.load_state(states, b, x.data);
+  }
+
+  void tile(int64_t t, int64_t blocks, const Workspace<scalar_t>& work) {
+    channels.blocks.load(u.from(t), channels.count, blocks * kBlock, work.u.data);
+    channels.blocks.forward(channels.system, blocks, work.u.data, x.data, work.y.data, work.scratch.data);
+    for (size_t j = 0; j < y.size(); ++j)
+      channels.blocks.store(work.output(j), channels.adds(), channels.count, blocks * kBlock, y[j].from(t));
+  }
+
+  // The tokens after the last whole block.
+  void tokens() {
+    for (int64_t t = channels.whole(); t < channels.p.L; ++t) {
+      const auto u_t = u.from(t);
+      channels.advance(x.data, u_t);
+      for (size_t j = 0; j < y.size(); ++j) {
+        for (int64_t i = 0; i < channels.count; ++i)
+          channels.put(channels.output(x.data, j, i) + channels.skip_row(j)[i] * u_t[i], y[j].from(t)[i]);
       }
     }
-    channels.store_state(x.data, states + b * p.systems() * p.N);
   }
 };
 
@@ -346,107 +370,92 @@ struct ChannelSums {
   }
 };
 
-// Writes grad_u (B, H, L) of some channels, turns their rows of grad_states (B, systems, N) from the gradient
-// of the final states into that of the initial ones, and adds up their parameters' derivatives.
+// Writes grad_u (B, H, L) of a vector of channels, turns its rows of grad_states (B, systems, N) from the
+// gradient of the final states into that of the initial ones, and adds up its parameters' derivatives.
 template <class T, class scalar_t>
 struct Backward {
   static constexpr int64_t kFoldTiles = 64;
 
-  const Channels<T, scalar_t> channels;
+  Channels<T, scalar_t> channels;
   ChannelSums<T, scalar_t> sums;
-  int64_t size, tiles;       // numbers of a vector's states; of a row
-  Buffer<double> x, grad_x;  // (tokens that are left + 1, rows), (rows)
+  int64_t size;              // numbers of a vector's states
+  Buffer<double> x, grad_x;  // (tokens after the last whole block + 1, rows), (rows)
   Buffer<scalar_t> starts;   // (tiles, rows): x before each tile
-  Buffer<scalar_t> u_tile, g_tiles, grad_u_tile, scratch;
+  Signal<const scalar_t> u{};
+  Signal<scalar_t> grad_u{};
+  std::vector<Signal<const scalar_t>> g;
 
   Backward(const ScanProblem<T>& p, int64_t first, int64_t direction)
       : channels(p, first, direction),
         sums(channels),
         size(channels.rows * channels.lanes),
-        tiles((channels.whole() + kTile - 1) / kTile),
         x((p.L - channels.whole() + 1) * size),
         grad_x(size),
-        starts(tiles * size),
-        u_tile(kTile * channels.lanes),
-        g_tiles(p.C * kTile * channels.lanes),
-        grad_u_tile(kTile * channels.lanes),
-        scratch(2 * kTileBlocks * size) {}
+        starts((channels.whole() + kTile - 1) / kTile * size),
+        g(p.C) {}
 
-  void run(int64_t b, at::TensorAccessor<const scalar_t, 4> grad_y, at::TensorAccessor<const scalar_t, 3> u,
-           const T* states, T* grad_states, at::TensorAccessor<scalar_t, 3> grad_u) {
-    const auto& p = channels.p;
-    const auto input = channels.signal(u, b);
-    const auto target = channels.signal(grad_u, b);
-    std::vector<Signal<const scalar_t>> g;
-    for (int64_t j = 0; j < p.C; ++j) g.push_back(channels.signal(grad_y[b], j));
-    channels.load_state(states + b * p.systems() * p.N, x.data);
-    channels.load_state(grad_states + b * p.systems() * p.N, grad_x.data);
-    store_starts(input);
-    one_at_a_time(input, g, target);
-    for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-      backward_tile(tile, input, g, target);
-      if (tile % kFoldTiles == 0) sums.fold();
-    }
-    channels.store_state(grad_x.data, grad_states + b * p.systems() * p.N);
+  void start(int64_t b, at::TensorAccessor<const scalar_t, 4> grad_y,
+             at::TensorAccessor<const scalar_t, 3> u_, const T* states, const T* grad_states,
+             at::TensorAccessor<scalar_t, 3> grad_u_) {
+    u = channels.signal(u_, b);
+    grad_u = channels.signal(grad_u_, b);
+    for (size_t j = 0; j < g.size(); ++j) g[j] = channels.signal(grad_y[b], j);
+    channels.load_state(states, b, x.data);
+    channels.load_state(grad_states, b, grad_x.data);
   }
 
-  // Leaves in x the state before the tokens that are left over.
-  void store_starts(Signal<const scalar_t> input) {
-    for_each_tile(channels.whole(), [&](int64_t t, int64_t count) {
-      std::transform(x.data, x.data + size, starts.data + t / kTile * size, rounded<scalar_t>);
-      channels.blocks.load(input.from(t), channels.count, count * kBlock, u_tile.data);
-      channels.blocks.forward(channels.system, count, u_tile.data, x.data, nullptr, scratch.data);
-    });
+  void forward_tile(int64_t t, int64_t blocks, const Workspace<scalar_t>& work) {
+    std::transform(x.data, x.data + size, starts.data + t / kTile * size, rounded<scalar_t>);
+    channels.blocks.load(u.from(t), channels.count, blocks * kBlock, work.u.data);
+    channels.blocks.forward(channels.system, blocks, work.u.data, x.data, nullptr, work.scratch.data);
   }
 
-  void backward_tile(int64_t tile, Signal<const scalar_t> input, const std::vector<Signal<const scalar_t>>& g,
-                     Signal<scalar_t> target) {
-    const int64_t t = tile * kTile, count = std::min(kTileBlocks, (channels.whole() - t) / kBlock);
-    const auto& blocks = channels.blocks;
-    blocks.load(input.from(t), channels.count, count * kBlock, u_tile.data);
-    for (size_t j = 0; j < g.size(); ++j)
-      blocks.load(g[j].from(t), channels.count, count * kBlock, g_tiles.data + j * kTile * channels.lanes);
-    std::copy_n(starts.data + tile * size, size, x.data);
-    blocks.backward(channels.system, count, u_tile.data, g_tiles.data, x.data, grad_x.data, grad_u_tile.data,
-                    sums.tables(sums.recent.data), scratch.data);
-    blocks.store(grad_u_tile.data, channels.direction > 0, channels.count, count * kBlock, target.from(t));
-  }
-
-  void one_at_a_time(Signal<const scalar_t> input, const std::vector<Signal<const scalar_t>>& g,
-                     Signal<scalar_t> target) {
-    const int64_t N = channels.p.N, lanes = channels.lanes;
-    for (int64_t t = channels.whole(); t < channels.p.L; ++t) {
-      double* const before = x.data + (t - channels.whole()) * size;
+  // The tokens after the last whole block, from the state before them.
+  void tokens() {
+    const int64_t begin = channels.whole(), end = channels.p.L;
+    for (int64_t t = begin; t < end; ++t) {
+      double* const before = x.data + (t - begin) * size;
       std::copy_n(before, size, before + size);
-      channels.advance(before + size, input.from(t));
+      channels.advance(before + size, u.from(t));
     }
-    for (int64_t t = channels.p.L - 1; t >= channels.whole(); --t) {
-      const double* const before = x.data + (t - channels.whole()) * size;
-      const auto u_t = input.from(t);
-      const auto target_t = target.from(t);
-      for (int64_t i = 0; i < channels.count; ++i) {
-        const double u = u_t.data[i * u_t.channel_stride];
-        double by_u = 0;
-        for (size_t j = 0; j < g.size(); ++j) {
-          const double g_t = g[j].from(t).data[i * g[j].channel_stride];
-          by_u += channels.skip.data[j * lanes + i] * g_t;
-          sums.skip.data[j * lanes + i] += u * g_t;
-          for (int64_t n = 0; n < N; ++n) {
-            sums.add(grad_x.data, n, i, g_t * conj(channels.at(channels.c_row(j), n, i)));
-            sums.add(sums.c_row(j), n, i, g_t * conj(channels.at(before + size, n, i)));
-          }
-        }
-        for (int64_t n = 0; n < N; ++n) {
-          const T gradient = channels.at(grad_x.data, n, i);
-          by_u += real(conj(channels.at(channels.bbar.data, n, i)) * gradient);
-          sums.add(sums.bbar.data, n, i, u * gradient);
-          sums.add(sums.abar.data, n, i, gradient * conj(channels.at(before, n, i)));
-          set(grad_x.data, N, lanes, n, i, conj(channels.at(channels.abar.data, n, i)) * gradient);
-        }
-        scalar_t& element = target_t.data[i * target_t.channel_stride];
-        element = static_cast<scalar_t>(channels.direction > 0 ? element + by_u : by_u);
+    for (int64_t t = end - 1; t >= begin; --t) {
+      for (int64_t i = 0; i < channels.count; ++i) backward_token(x.data + (t - begin) * size, t, i);
+    }
+  }
+
+  // Of channel i: `before` and after it are the states around token t.
+  void backward_token(const double* before, int64_t t, int64_t i) {
+    const int64_t N = channels.p.N;
+    const double u_t = u.from(t)[i];
+    double by_u = 0;
+    for (size_t j = 0; j < g.size(); ++j) {
+      const double g_t = g[j].from(t)[i];
+      by_u += channels.skip_row(j)[i] * g_t;
+      sums.skip.data[j * channels.lanes + i] += u_t * g_t;
+      for (int64_t n = 0; n < N; ++n) {
+        sums.add(grad_x.data, n, i, g_t * conj(channels.at(channels.c_row(j), n, i)));
+        sums.add(sums.c_row(j), n, i, g_t * conj(channels.at(before + size, n, i)));
       }
     }
+    for (int64_t n = 0; n < N; ++n) {
+      const T by_x = channels.at(grad_x.data, n, i);
+      by_u += real(conj(channels.at(channels.bbar.data, n, i)) * by_x);
+      sums.add(sums.bbar.data, n, i, u_t * by_x);
+      sums.add(sums.abar.data, n, i, by_x * conj(channels.at(before, n, i)));
+      set(grad_x.data, N, channels.lanes, n, i, conj(channels.at(channels.abar.data, n, i)) * by_x);
+    }
+    channels.put(by_u, grad_u.from(t)[i]);
+  }
+
+  void tile(int64_t t, int64_t blocks, const Workspace<scalar_t>& work) {
+    channels.blocks.load(u.from(t), channels.count, blocks * kBlock, work.u.data);
+    for (size_t j = 0; j < g.size(); ++j)
+      channels.blocks.load(g[j].from(t), channels.count, blocks * kBlock, work.output(j));
+    std::copy_n(starts.data + t / kTile * size, size, x.data);
+    channels.blocks.backward(channels.system, blocks, work.u.data, work.y.data, x.data, grad_x.data,
+                             work.grad_u.data, sums.tables(sums.recent.data), work.scratch.data);
+    channels.blocks.store(work.grad_u.data, channels.adds(), channels.count, blocks * kBlock, grad_u.from(t));
+    if (t / kTile % kFoldTiles == 0) sums.fold();
   }
 };
 
@@ -534,25 +543,40 @@ at::Tensor working_state(c10::SymIntArrayRef sizes, const OptionalTensor& state)
   return at::zeros(C10_AS_INTARRAYREF_SLOW(sizes), at::kDouble);
 }
 
-// Calls body(first channel, part, begin, end) for vectors of channels and parts [begin, end) of the batch, as
-// many as keep some dozen threads busy.
+// Calls body(channels, part, rows) for groups of neighbouring channels, whose tokens share cache lines, and
+// for parts of the batch, as many as keep some dozen threads busy.
 struct Tasks {
-  int64_t H, B, lanes, vectors, parts;
-  Tasks(int64_t H_, int64_t B_, int64_t lanes_)
+  static constexpr int64_t kChannels = 32;
+
+  struct Range {
+    int64_t begin, end;
+  };
+
+  int64_t H, B, groups, parts;
+  Tasks(int64_t H_, int64_t B_)
       : H(H_),
         B(B_),
-        lanes(lanes_),
-        vectors((H + lanes - 1) / lanes),
-        parts(std::clamp<int64_t>(64 / std::max<int64_t>(vectors, 1), 1, std::max<int64_t>(B, 1))) {}
+        groups((H + kChannels - 1) / kChannels),
+        parts(std::clamp<int64_t>(64 / std::max<int64_t>(groups, 1), 1, std::max<int64_t>(B, 1))) {}
 
   template <class Body>
   void run(const Body& body) const {
-    parallel_for_each(vectors * parts, [&](int64_t task) {
-      const int64_t part = task % parts;
-      body(task / parts * lanes, part, part * B / parts, (part + 1) * B / parts);
+    parallel_for_each(groups * parts, [&](int64_t task) {
+      const int64_t group = task / parts, part = task % parts;
+      body(Range{group * kChannels, std::min(H, (group + 1) * kChannels)}, part,
+           Range{part * B / parts, (part + 1) * B / parts});
     });
   }
 };
+
+// A Forward or a Backward for each vector of channels of a group.
+template <template <class, class> class Vector, class T, class scalar_t>
+std::vector<Vector<T, scalar_t>> vectors(const ScanProblem<T>& p, Tasks::Range channels, int64_t direction) {
+  const int64_t lanes = blocks_of<scalar_t>().lanes;
+  std::vector<Vector<T, scalar_t>> result;
+  for (int64_t h = channels.begin; h < channels.end; h += lanes) result.emplace_back(p, h, direction);
+  return result;
+}
 
 using ScanOutputs = std::tuple<at::Tensor, at::Tensor>;
 
@@ -567,10 +591,20 @@ ScanOutputs diagonal_scan(const at::Tensor& u, const at::Tensor& w, const at::Te
     const auto u_ = u.accessor<const scalar_t, 3>();
     const auto y_ = y.accessor<scalar_t, 4>();
     T* const states_ = Values<T>(states).data;
-    Tasks(p.H, p.B, blocks_of<scalar_t>().lanes).run([&](int64_t first, int64_t, int64_t begin, int64_t end) {
+    Tasks(p.H, p.B).run([&](Tasks::Range channels, int64_t, Tasks::Range rows) {
+      const Workspace<scalar_t> work(p);
       for (int64_t direction = 0; direction < p.directions; ++direction) {
-        Forward<T, scalar_t> forward(p, first, direction);
-        for (int64_t row = begin; row < end; ++row) forward.run(row, u_, states_, y_);
+        auto group = vectors<Forward, T, scalar_t>(p, channels, direction);
+        for (int64_t row = rows.begin; row < rows.end; ++row) {
+          for (auto& vector : group) vector.start(row, u_, states_, y_);
+          for_each_tile(p.whole(), [&](int64_t t, int64_t blocks) {
+            for (auto& vector : group) vector.tile(t, blocks, work);
+          });
+          for (auto& vector : group) {
+            vector.tokens();
+            vector.channels.store_state(vector.x.data, row, states_);
+          }
+        }
       }
     });
   });
@@ -601,19 +635,31 @@ ScanGrads diagonal_scan_backward(const at::Tensor& grad_y, const at::Tensor& gra
   const auto states = working_state(sizes, state), grad_states = working_state(sizes, grad_state);
   return dispatch(w, [&]<class T, class scalar_t>() -> ScanGrads {
     const ScanProblem<T> p(u, w, b, c, log_dt, skip, disc, bidirectional);
-    const Tasks tasks(p.H, p.B, blocks_of<scalar_t>().lanes);
+    const Tasks tasks(p.H, p.B);
     SystemSums<T> sums(p, tasks.parts);
     const auto grad_y_ = grad_y.accessor<const scalar_t, 4>();
     const auto u_ = u.accessor<const scalar_t, 3>();
     const auto grad_u_ = grad_u.accessor<scalar_t, 3>();
     T *const states_ = Values<T>(states).data, *const grad_states_ = Values<T>(grad_states).data;
-    tasks.run([&](int64_t first, int64_t part, int64_t begin, int64_t end) {
+    tasks.run([&](Tasks::Range channels, int64_t part, Tasks::Range rows) {
+      const Workspace<scalar_t> work(p);
       for (int64_t direction = 0; direction < p.directions; ++direction) {
-        Backward<T, scalar_t> backward(p, first, direction);
-        for (int64_t row = begin; row < end; ++row)
-          backward.run(row, grad_y_, u_, states_, grad_states_, grad_u_);
-        backward.sums.collect(backward.channels);
-        sums.set(part, backward.channels, backward.sums);
+        auto group = vectors<Backward, T, scalar_t>(p, channels, direction);
+        for (int64_t row = rows.begin; row < rows.end; ++row) {
+          for (auto& vector : group) vector.start(row, grad_y_, u_, states_, grad_states_, grad_u_);
+          for_each_tile(p.whole(), [&](int64_t t, int64_t blocks) {
+            for (auto& vector : group) vector.forward_tile(t, blocks, work);
+          });
+          for (auto& vector : group) vector.tokens();
+          for_each_tile_backwards(p.whole(), [&](int64_t t, int64_t blocks) {
+            for (auto& vector : group) vector.tile(t, blocks, work);
+          });
+          for (auto& vector : group) vector.channels.store_state(vector.grad_x.data, row, grad_states_);
+        }
+        for (auto& vector : group) {
+          vector.sums.collect(vector.channels);
+          sums.set(part, vector.channels, vector.sums);
+        }
       }
     });
     const ParameterGradients<T> gradients(sums);
