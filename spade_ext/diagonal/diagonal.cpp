@@ -20,11 +20,12 @@ std::tuple<at::Tensor, at::Tensor> diagonal_scan(const at::Tensor& u, const at::
                                                  const at::Tensor& b, const at::Tensor& c,
                                                  const std::optional<at::Tensor>& log_dt,
                                                  const std::optional<at::Tensor>& state,
-                                                 std::optional<std::string_view> disc) {
+                                                 const std::optional<at::Tensor>& skip,
+                                                 std::optional<std::string_view> disc, bool bidirectional) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("spade_ext::diagonal_scan", "")
                              .typed<decltype(diagonal_scan)>();
-  return op.call(u, w, b, c, log_dt, state, disc);
+  return op.call(u, w, b, c, log_dt, state, skip, disc, bidirectional);
 }
 
 at::Tensor diagonal_step(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
@@ -60,16 +61,17 @@ KernelGrads kernel_backward(const at::Tensor& grad_k, const at::Tensor& w, const
 }
 
 using ScanOutputs = std::tuple<at::Tensor, at::Tensor>;
-using ScanGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using ScanGrads =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 ScanGrads scan_backward(const at::Tensor& grad_y, const at::Tensor& grad_state, const at::Tensor& u,
                         const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
-                        const OptionalTensor& log_dt, const OptionalTensor& state, OptionalString disc,
-                        std::array<bool, 6> output_mask) {
+                        const OptionalTensor& log_dt, const OptionalTensor& state, const OptionalTensor& skip,
+                        OptionalString disc, bool bidirectional, std::array<bool, 7> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("spade_ext::diagonal_scan_backward", "")
                              .typed<decltype(scan_backward)>();
-  return op.call(grad_y, grad_state, u, w, b, c, log_dt, state, disc, output_mask);
+  return op.call(grad_y, grad_state, u, w, b, c, log_dt, state, skip, disc, bidirectional, output_mask);
 }
 
 at::Tensor kernel_meta(const at::Tensor& w, const at::Tensor& c, const OptionalTensor& log_dt,
@@ -87,22 +89,27 @@ KernelGrads kernel_backward_meta(const at::Tensor& grad_k, const at::Tensor& w, 
 }
 
 ScanOutputs scan_meta(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
-                      const OptionalTensor& log_dt, const OptionalTensor& state, OptionalString disc) {
-  diagonal_shapes::check_scan(u, w, b, c, log_dt, state, disc);
-  return {empty_outputs(u, c.sym_size(0)), at::empty_symint(diagonal_shapes::state_sizes(u, w), u.options())};
+                      const OptionalTensor& log_dt, const OptionalTensor& state, const OptionalTensor& skip,
+                      OptionalString disc, bool bidirectional) {
+  diagonal_shapes::check_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional);
+  return {empty_outputs(u, c.sym_size(0)),
+          at::empty_symint(diagonal_shapes::state_sizes(u, w, c), u.options())};
 }
 
 ScanGrads scan_backward_meta(const at::Tensor& grad_y, const at::Tensor& grad_state, const at::Tensor& u,
                              const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
-                             const OptionalTensor& log_dt, const OptionalTensor& state, OptionalString disc,
-                             std::array<bool, 6> output_mask) {
-  diagonal_shapes::check_scan_backward(grad_y, grad_state, u, w, b, c, log_dt, state, disc, output_mask);
+                             const OptionalTensor& log_dt, const OptionalTensor& state,
+                             const OptionalTensor& skip, OptionalString disc, bool bidirectional,
+                             std::array<bool, 7> output_mask) {
+  diagonal_shapes::check_scan_backward(grad_y, grad_state, u, w, b, c, log_dt, state, skip, disc,
+                                       bidirectional, output_mask);
   return {output_mask[0] ? empty_signal(u) : at::Tensor(),
           empty_gradient(output_mask[1], w),
           empty_gradient(output_mask[2], b),
           empty_gradient(output_mask[3], c),
           empty_gradient(output_mask[4], log_dt),
-          empty_gradient(output_mask[5], state)};
+          empty_gradient(output_mask[5], state),
+          empty_gradient(output_mask[6], skip)};
 }
 
 at::Tensor step_meta(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
@@ -139,22 +146,26 @@ struct DiagonalScanFunction : torch::autograd::Function<DiagonalScanFunction> {
 
   static variable_list forward(AutogradContext* ctx, const at::Tensor& u, const at::Tensor& w,
                                const at::Tensor& b, const at::Tensor& c, const OptionalTensor& log_dt,
-                               const OptionalTensor& state, OptionalString disc) {
+                               const OptionalTensor& state, const OptionalTensor& skip, OptionalString disc,
+                               bool bidirectional) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({u, w, b, c, log_dt.value_or(at::Tensor()), state.value_or(at::Tensor())});
+    ctx->save_for_backward({u, w, b, c, log_dt.value_or(at::Tensor()), state.value_or(at::Tensor()),
+                            skip.value_or(at::Tensor())});
     ctx->saved_data["disc"] = to_ivalue(disc);
-    auto [y, final_state] = diagonal_scan(u, w, b, c, log_dt, state, disc);
+    ctx->saved_data["bidirectional"] = bidirectional;
+    auto [y, final_state] = diagonal_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional);
     return {y, final_state};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto log_dt = as_optional(saved[4]), state = as_optional(saved[5]);
-    const auto mask = gradient_mask<6>(ctx, {true, true, true, true, is_given(log_dt), is_given(state)});
-    auto [grad_u, grad_w, grad_b, grad_c, grad_log_dt, grad_state] =
-        scan_backward(grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], log_dt, state,
-                      as_string(ctx->saved_data["disc"]), mask);
-    return {grad_u, grad_w, grad_b, grad_c, grad_log_dt, grad_state, {}};
+    const auto log_dt = as_optional(saved[4]), state = as_optional(saved[5]), skip = as_optional(saved[6]);
+    const auto mask =
+        gradient_mask<7>(ctx, {true, true, true, true, is_given(log_dt), is_given(state), is_given(skip)});
+    auto [grad_u, grad_w, grad_b, grad_c, grad_log_dt, grad_state, grad_skip] =
+        scan_backward(grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], log_dt, state, skip,
+                      as_string(ctx->saved_data["disc"]), ctx->saved_data["bidirectional"].toBool(), mask);
+    return {grad_u, grad_w, grad_b, grad_c, grad_log_dt, grad_state, grad_skip, {}, {}};
   }
 };
 
@@ -164,8 +175,9 @@ at::Tensor kernel_autograd(const at::Tensor& w, const at::Tensor& c, const Optio
 }
 
 ScanOutputs scan_autograd(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
-                          const OptionalTensor& log_dt, const OptionalTensor& state, OptionalString disc) {
-  const auto outputs = DiagonalScanFunction::apply(u, w, b, c, log_dt, state, disc);
+                          const OptionalTensor& log_dt, const OptionalTensor& state,
+                          const OptionalTensor& skip, OptionalString disc, bool bidirectional) {
+  const auto outputs = DiagonalScanFunction::apply(u, w, b, c, log_dt, state, skip, disc, bidirectional);
   return {outputs[0], outputs[1]};
 }
 
@@ -195,9 +207,11 @@ struct Autocast {
   }
 
   static ScanOutputs scan(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
-                          const OptionalTensor& log_dt, const OptionalTensor& state, OptionalString disc) {
+                          const OptionalTensor& log_dt, const OptionalTensor& state,
+                          const OptionalTensor& skip, OptionalString disc, bool bidirectional) {
     c10::impl::ExcludeDispatchKeyGuard guard(key);
-    return diagonal_scan(cast(u), cast(w), cast(b), cast(c), cast(log_dt), cast(state), disc);
+    return diagonal_scan(cast(u), cast(w), cast(b), cast(c), cast(log_dt), cast(state), cast(skip), disc,
+                         bidirectional);
   }
 
   // The state is written, so it cannot be a cast copy.
@@ -219,12 +233,12 @@ TORCH_LIBRARY_FRAGMENT(spade_ext, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "diagonal_scan(Tensor u, Tensor w, Tensor b, Tensor c, Tensor? log_dt, Tensor? state=None, "
-      "str? disc='zoh') -> (Tensor, Tensor)",
+      "Tensor? skip=None, str? disc='zoh', bool bidirectional=False) -> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "diagonal_scan_backward(Tensor grad_y, Tensor grad_state, Tensor u, Tensor w, Tensor b, Tensor c, "
-      "Tensor? log_dt, Tensor? state, str? disc, bool[6] output_mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "Tensor? log_dt, Tensor? state, Tensor? skip, str? disc, bool bidirectional, bool[7] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "diagonal_step(Tensor u, Tensor w, Tensor b, Tensor c, Tensor? log_dt, Tensor(a!) state, "

@@ -21,15 +21,20 @@ SPADE_EXT_API at::Tensor diagonal_kernel(const at::Tensor& w, const at::Tensor& 
                                          std::optional<std::string_view> disc = "zoh", double rate = 1.0);
 
 // The same system as a recurrence with an initial and a final state,
-//   x_t = abar x_{t-1} + bbar u_t,  y_t = 2 Re sum_n c x_t  (reals: the sum itself).
+//   x_t = abar x_{t-1} + bbar u_t,  y_t = 2 Re sum_n c x_t + skip u_t  (reals: the sum itself).
 //
 // u (B, H, L), any strides; b as w: bbar is to b what cbar is to c; state (B, H, N, 2) or (B, H, N), zeros
-// unless given. "dss" is refused. Returns y (B, C, H, L), in u's layout as long_conv, and the state after the
-// last token. A sequence cut anywhere and run in pieces, the state handed on, gives what the whole gives.
+// unless given; skip (C, H). "dss" is refused. Returns y (B, C, H, L), in u's layout as long_conv, and the
+// state after the last token. A sequence cut anywhere and run in pieces, the state handed on, gives what the
+// whole gives.
+//
+// bidirectional: c, log_dt and state have 2 H channels. The last H run from the last token to the first, and
+// y is the sum of both directions, which both see the token itself.
 SPADE_EXT_API std::tuple<at::Tensor, at::Tensor> diagonal_scan(
     const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
     const std::optional<at::Tensor>& log_dt, const std::optional<at::Tensor>& state = std::nullopt,
-    std::optional<std::string_view> disc = "zoh");
+    const std::optional<at::Tensor>& skip = std::nullopt, std::optional<std::string_view> disc = "zoh",
+    bool bidirectional = false);
 
 // One token of diagonal_scan: u (B, H), y (B, C, H). Overwrites `state`; no gradient.
 SPADE_EXT_API at::Tensor diagonal_step(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b,

@@ -1,259 +1,675 @@
-// The recurrence x_t = abar x_{t-1} + bbar u_t, all n of a channel side by side in float64. A task is a
-// channel. The backward keeps a row's states at the starts of blocks and computes those of one block again.
+// diagonal_scan: whole blocks of tokens by matrix products (diagonal_blocks.h), those that are left one at a
+// time. A task is a vector of channels with some rows of the batch, both directions of time.
+#include <spade_ext/core/cpu_levels.h>
+#include <spade_ext/diagonal/diagonal_blocks.h>
 #include <spade_ext/diagonal/diagonal_cpu.h>
 #include <torch/library.h>
 
+#include <limits>
+#include <utility>
 #include <vector>
+
+namespace spade_ext {
+SPADE_EXT_LEVELS(diagonal_blocks::DiagonalBlocks<float>, diagonal_blocks_float)
+SPADE_EXT_LEVELS(diagonal_blocks::DiagonalBlocks<double>, diagonal_blocks_double)
+}  // namespace spade_ext
 
 namespace spade_ext::diagonal_cpu {
 
-constexpr int64_t kBlock = kFlushEvery;  // tokens
+using namespace diagonal_blocks;
 
+template <class scalar_t>
+const DiagonalBlocks<scalar_t>& blocks_of() {
+  if constexpr (std::is_same_v<scalar_t, float>)
+    return diagonal_blocks_float();
+  else
+    return diagonal_blocks_double();
+}
+
+// Uninitialised numbers.
+template <class T>
+struct Buffer {
+  at::Tensor memory;
+  T* data;
+  explicit Buffer(int64_t size)
+      : memory(at::empty({size * int64_t(sizeof(T))}, at::kByte)), data(static_cast<T*>(memory.data_ptr())) {}
+  void zero() { std::fill_n(data, memory.nbytes() / sizeof(T), T(0)); }
+};
+
+// Systems h of H channels and one or two directions: channel h % H, backwards in time from h = H on.
 template <class T>
 struct ScanProblem : System<T> {
-  int64_t B, C, H, L;
-  Values<T> b, c;  // (S, N), (C, H, N)
+  int64_t B, C, H, L, directions;
+  Values<T> b, c;                      // (S, N), (C, directions H, N)
+  std::optional<Values<double>> skip;  // (C, H)
 
-  // u (B, H, L)
   ScanProblem(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b_, const at::Tensor& c_,
-              const OptionalTensor& log_dt, OptionalString disc)
+              const OptionalTensor& log_dt, const OptionalTensor& skip_, OptionalString disc,
+              bool bidirectional)
       : System<T>(w, log_dt, diagonal_shapes::parse_disc("diagonal_scan", disc, true)),
         B(u.size(0)),
         C(c_.size(0)),
         H(u.size(1)),
         L(u.size(2)),
+        directions(bidirectional ? 2 : 1),
         b(b_),
-        c(c_) {}
+        c(c_) {
+    if (is_given(skip_)) skip.emplace(*skip_);
+  }
 
+  static constexpr bool pairs = !std::is_same_v<T, double>;
   // A complex state stands for itself and its conjugate.
-  static constexpr double factor = std::is_same_v<T, double> ? 1.0 : 2.0;
+  static constexpr double factor = pairs ? 2.0 : 1.0;
+  int64_t rows() const { return pairs ? 2 * this->N : this->N; }
+  int64_t systems() const { return directions * H; }
+  // The tokens before it come in whole blocks.
+  int64_t whole() const { return L / kBlock * kBlock; }
+  T input_weight(int64_t h, int64_t n) const { return b.data[(h % this->S) * this->N + n]; }
 };
 
-template <class T>
-void load(Lanes<T>& z, const T* row) {
-  for (int64_t n = 0; n < z.N; ++n) z.set(n, row[n]);
+// In type V, 0 for what would be a denormal number, which is slow, or close to one.
+template <class V>
+V rounded(double x) {
+  return std::abs(x) < std::numeric_limits<V>::min() / std::numeric_limits<V>::epsilon() ? V(0)
+                                                                                         : static_cast<V>(x);
 }
 
-template <class T>
-void store(const Lanes<T>& z, T* row) {
-  for (int64_t n = 0; n < z.N; ++n) row[n] = z.get(n);
+// Numbers n of the channels of a vector: real parts at [n * lanes + i], imaginary ones N * lanes after them.
+template <class T, class V>
+T get(const V* rows, int64_t N, int64_t lanes, int64_t n, int64_t i) {
+  if constexpr (std::is_same_v<T, double>)
+    return rows[n * lanes + i];
+  else
+    return {rows[n * lanes + i], rows[(N + n) * lanes + i]};
 }
 
-template <class T>
-void conjugate(Lanes<T>& z) {
-  for (int64_t n = 0; n < z.N; ++n) z.set(n, conj(z.get(n)));
+template <class T, class V>
+void set(V* rows, int64_t N, int64_t lanes, int64_t n, int64_t i, T value) {
+  rows[n * lanes + i] = rounded<V>(real(value));
+  if constexpr (!std::is_same_v<T, double>) rows[(N + n) * lanes + i] = rounded<V>(imag(value));
 }
 
-// One channel's recurrence; y_c = Re sum_n c[c] x.
-template <class T>
-struct Channel {
-  Lanes<T> abar, bbar;
-  std::vector<Lanes<T>> c;
-
-  Channel(const ScanProblem<T>& p, int64_t h) : abar(p.N), bbar(p.N) {
-    for (int64_t n = 0; n < p.N; ++n) {
-      const auto d = p.discrete(h, n);
-      abar.set(n, d.abar);
-      bbar.set(n, d.scale * p.b.data[(h % p.S) * p.N + n]);
-    }
-    for (int64_t i = 0; i < p.C; ++i) {
-      c.emplace_back(p.N);
-      for (int64_t n = 0; n < p.N; ++n) c[i].set(n, p.factor * p.c.data[(i * p.H + h) * p.N + n]);
-    }
-  }
-
-  void advance(Lanes<T>& x, double u) const {
-    multiply(x, abar);
-    add_scaled(x, u, bbar);
-  }
-};
-
-// Writes y (B, C, H, L) of channel h and moves its states (B, H, N) from before the first token to after the
-// last.
+// A vector of neighbouring channels in one direction of time, from channel `first` on.
 template <class T, class scalar_t>
-void scan_channel(const ScanProblem<T>& p, int64_t h, at::TensorAccessor<const scalar_t, 3> u, T* state,
-                  at::TensorAccessor<scalar_t, 4> y) {
-  const Channel<T> channel(p, h);
-  Lanes<T> x(p.N);
-  for (int64_t b = 0; b < p.B; ++b) {
-    T* const row = state + (b * p.H + h) * p.N;
-    load(x, row);
-    for (int64_t t = 0; t < p.L; ++t) {
-      if (t % kBlock == 0) x.flush();
-      channel.advance(x, u[b][h][t]);
-      for (int64_t c = 0; c < p.C; ++c) y[b][c][h][t] = static_cast<scalar_t>(dot(channel.c[c], x));
-    }
-    store(x, row);
-  }
-}
+struct Channels {
+  const ScanProblem<T>& p;
+  const DiagonalBlocks<scalar_t>& blocks;
+  int64_t lanes, first, count, direction, rows;
+  Buffer<double> abar, bbar, c, skip;  // (rows), (rows), (C, rows), (C)
+  Buffer<scalar_t> tables;
+  Buffer<double> powers;
+  BlockSystem<scalar_t> system;
 
-// x at the start of each block.
-template <class T, class scalar_t>
-std::vector<Lanes<T>> block_starts(const Channel<T>& channel, const T* state,
-                                   at::TensorAccessor<const scalar_t, 1> u) {
-  Lanes<T> x(channel.abar.N);
-  load(x, state);
-  std::vector<Lanes<T>> starts;
-  for (int64_t t = 0; t < u.size(0); ++t) {
-    if (t % kBlock == 0) {
-      x.flush();
-      starts.emplace_back(x.N).copy(x);
-    }
-    channel.advance(x, u[t]);
-  }
-  return starts;
-}
-
-// What one channel adds up over the batch and the tokens: the derivatives by abar, bbar and Channel::c.
-template <class T>
-struct ChannelSums {
-  Lanes<T> by_abar, by_bbar;
-  std::vector<Lanes<T>> by_c;
-
-  ChannelSums(int64_t N, int64_t C) : by_abar(N, 0), by_bbar(N, 0) {
-    for (int64_t c = 0; c < C; ++c) by_c.emplace_back(N, 0);
-  }
-};
-
-// Writes grad_u of channel h and turns its rows of grad_state from the gradient of the final state into that
-// of the initial one. lambda is the derivative by x_t: dL = Re(lambda dx_t).
-template <class T, class scalar_t>
-ChannelSums<T> backward_sweep(const ScanProblem<T>& p, int64_t h,
-                              at::TensorAccessor<const scalar_t, 4> grad_y,
-                              at::TensorAccessor<const scalar_t, 3> u, const T* state, T* grad_state,
-                              at::TensorAccessor<scalar_t, 3> grad_u) {
-  const Channel<T> channel(p, h);
-  ChannelSums<T> sums(p.N, p.C);
-  Lanes<T> lambda(p.N);
-  std::vector<Lanes<T>> x;  // of one block: entry i is the state before its token i
-  for (int64_t i = 0; i <= kBlock; ++i) x.emplace_back(p.N);
-
-  for (int64_t b = 0; b < p.B; ++b) {
-    const int64_t row = (b * p.H + h) * p.N;
-    auto starts = block_starts<T, scalar_t>(channel, state + row, u[b][h]);
-    load(lambda, grad_state + row);
-    conjugate(lambda);
-    for (int64_t block = int64_t(starts.size()) - 1; block >= 0; --block) {
-      const int64_t begin = block * kBlock, size = std::min(kBlock, p.L - begin);
-      x[0].copy(starts[block]);
-      for (int64_t i = 0; i < size; ++i) {
-        x[i + 1].copy(x[i]);
-        channel.advance(x[i + 1], u[b][h][begin + i]);
+  Channels(const ScanProblem<T>& p_, int64_t first_, int64_t direction_)
+      : p(p_),
+        blocks(blocks_of<scalar_t>()),
+        lanes(blocks.lanes),
+        first(first_),
+        count(std::min(lanes, p.H - first)),
+        direction(direction_),
+        rows(p.rows()),
+        abar(rows * lanes),
+        bbar(rows * lanes),
+        c(p.C * rows * lanes),
+        skip(p.C * lanes),
+        tables((rows * kBlock * (1 + p.C) + 2 * kBlock * p.C + rows) * lanes),
+        powers(kTileBlocks * rows * lanes) {
+    for (Buffer<double>* buffer : {&abar, &bbar, &c, &skip}) buffer->zero();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t h = system_of(i);
+      for (int64_t n = 0; n < p.N; ++n) {
+        const auto d = p.discrete(h, n);
+        set(abar.data, p.N, lanes, n, i, d.abar);
+        set(bbar.data, p.N, lanes, n, i, d.scale * p.input_weight(h, n));
+        for (int64_t j = 0; j < p.C; ++j)
+          set(c_row(j), p.N, lanes, n, i, p.factor * p.c.data[(j * p.systems() + h) * p.N + n]);
       }
-      lambda.flush();
-      for (int64_t i = size - 1; i >= 0; --i) {
-        const int64_t t = begin + i;
-        for (int64_t c = 0; c < p.C; ++c) {
-          const double g = grad_y[b][c][h][t];
-          add_scaled(lambda, g, channel.c[c]);
-          add_scaled(sums.by_c[c], g, x[i + 1]);
+      for (int64_t j = 0; j < p.C && p.skip && direction == 0; ++j)
+        skip.data[j * lanes + i] = p.skip->data[j * p.H + h];
+    }
+    if (p.L >= kBlock) make_tables();
+  }
+
+  int64_t system_of(int64_t i) const { return direction * p.H + first + i; }
+  double* c_row(int64_t j) const { return c.data + j * rows * lanes; }
+  T at(const double* numbers, int64_t n, int64_t i) const { return get<T>(numbers, p.N, lanes, n, i); }
+  const double* skip_row(int64_t j) const { return skip.data + j * lanes; }
+  int64_t whole() const { return p.whole(); }
+  // The second direction adds to what the first has written.
+  bool adds() const { return direction > 0; }
+  void put(double value, scalar_t& element) const {
+    element = static_cast<scalar_t>(adds() ? element + value : value);
+  }
+
+  // Channel `first` of row b of a (B, H, L), in this direction's order of time.
+  template <class V>
+  Signal<V> signal(at::TensorAccessor<V, 3> t, int64_t b) const {
+    V* const data = t.data() + b * t.stride(0) + first * t.stride(1);
+    if (direction == 0) return {data, t.stride(1), t.stride(2)};
+    return {data + std::max<int64_t>(p.L - 1, 0) * t.stride(2), t.stride(1), -t.stride(2)};
+  }
+
+  void make_tables() {
+    const int64_t block = kBlock * lanes;
+    tables.zero();
+    scalar_t* next = tables.data;
+    auto take = [&](int64_t vectors) { return std::exchange(next, next + vectors * lanes); };
+    system = {
+        p.N,        rows,       p.C, take(rows * kBlock), take(p.C * rows * kBlock), take(p.C * 2 * kBlock),
+        take(rows), powers.data};
+    powers.zero();
+    std::vector<double> lags(p.C * kBlock);
+    auto entry = [&](scalar_t* table, int64_t n, int64_t token, int64_t i, T value) {
+      set(table + token * lanes, p.N, block, n, i, value);
+    };
+    for (int64_t i = 0; i < count; ++i) {
+      std::fill(lags.begin(), lags.end(), 0.0);
+      for (int64_t n = 0; n < p.N; ++n) {
+        const T a = at(abar.data, n, i), b = at(bbar.data, n, i);
+        T power = 1;
+        for (int64_t t = 0; t < kBlock; ++t) {
+          entry(system.in, n, kBlock - 1 - t, i, b * power);
+          for (int64_t j = 0; j < p.C; ++j) lags[j * kBlock + t] += real(at(c_row(j), n, i) * b * power);
+          power *= a;
+          for (int64_t j = 0; j < p.C; ++j)
+            entry(system.out + j * rows * block, n, t, i, conj(at(c_row(j), n, i) * power));
         }
-        grad_u[b][h][t] = static_cast<scalar_t>(dot(channel.bbar, lambda));
-        add_scaled(sums.by_bbar, u[b][h][t], lambda);
-        add_product(sums.by_abar, lambda, x[i]);
-        multiply(lambda, channel.abar);
+        set(system.power, p.N, lanes, n, i, power);
+        T far = power;
+        for (int64_t k = 0; k < kTileBlocks; ++k, far *= power)
+          set(powers.data + k * rows * lanes, p.N, lanes, n, i, far);
+      }
+      for (int64_t j = 0; j < p.C; ++j) {
+        lags[j * kBlock] += skip_row(j)[i];
+        for (int64_t t = 0; t < kBlock; ++t)
+          system.local[((2 * j + 1) * kBlock + t) * lanes + i] = rounded<scalar_t>(lags[j * kBlock + t]);
       }
     }
-    conjugate(lambda);
-    store(lambda, grad_state + row);
   }
-  return sums;
+
+  // The states of row b of (B, systems, N), to and from vectors.
+  void load_state(const T* states, int64_t b, double* x) const {
+    std::fill_n(x, rows * lanes, 0.0);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t n = 0; n < p.N; ++n) set(x, p.N, lanes, n, i, states[state_row(b, i) + n]);
+    }
+  }
+  void store_state(const double* x, int64_t b, T* states) const {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t n = 0; n < p.N; ++n) states[state_row(b, i) + n] = at(x, n, i);
+    }
+  }
+  int64_t state_row(int64_t b, int64_t i) const { return (b * p.systems() + system_of(i)) * p.N; }
+
+  // One token, its inputs at `u`.
+  void advance(double* x, Signal<const scalar_t> u) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const double input = u[i];
+      for (int64_t n = 0; n < p.N; ++n)
+        set(x, p.N, lanes, n, i, at(abar.data, n, i) * at(x, n, i) + at(bbar.data, n, i) * input);
+    }
+  }
+  double output(const double* x, int64_t j, int64_t i) const {
+    double sum = 0;
+    for (int64_t n = 0; n < p.N; ++n) sum += real(at(c_row(j), n, i) * at(x, n, i));
+    return sum;
+  }
+};
+
+// Calls body(token, blocks) for each tile of a row's whole blocks.
+template <class Body>
+void for_each_tile(int64_t whole, const Body& body) {
+  for (int64_t t = 0; t < whole; t += kTile) body(t, std::min(kTileBlocks, (whole - t) / kBlock));
 }
 
-// The gradients of the parameters in float64: rows of w and b for each channel, to be added over the copies.
+template <class Body>
+void for_each_tile_backwards(int64_t whole, const Body& body) {
+  const int64_t last = (whole - 1) / kTile * kTile;
+  for (int64_t t = last; t >= 0 && whole > 0; t -= kTile)
+    body(t, std::min(kTileBlocks, (whole - t) / kBlock));
+}
+
+// Room for one tile at a time.
+template <class scalar_t>
+struct Workspace {
+  int64_t lanes;
+  Buffer<scalar_t> u, grad_u, y, scratch;
+
+  template <class T>
+  explicit Workspace(const ScanProblem<T>& p)
+      : lanes(blocks_of<scalar_t>().lanes),
+        u(kTile * lanes),
+        grad_u(kTile * lanes),
+        y(p.C * kTile * lanes),
+        scratch(2 * kTileBlocks * p.rows() * lanes) {}
+  scalar_t* output(int64_t j) const { return y.data + j * kTile * lanes; }
+};
+
+// Writes y (B, C, H, L) of a vector of channels and moves its states (B, systems, N) to the sequence's other
+// end.
+template <class T, class scalar_t>
+struct Forward {
+  Channels<T, scalar_t> channels;
+  Buffer<double> x;
+  Signal<const scalar_t> u{};
+  std::vector<Signal<scalar_t>> y;
+
+  Forward(const ScanProblem<T>& p, int64_t first, int64_t direction)
+      : channels(p, first, direction), x(channels.rows * channels.lanes), y(p.C) {}
+
+  void start(int64_t b, at::TensorAccessor<const scalar_t, 3> u_, const T* states,
+             at::TensorAccessor<scalar_t, 4> y_) {
+    u = channels.signal(u_, b);
+    for (size_t j = 0; j < y.size(); ++j) y[j] = channels.signal(y_[b], j);
+    channels.load_state(states, b, x.data);
+  }
+
+  void tile(int64_t t, int64_t blocks, const Workspace<scalar_t>& work) {
+    channels.blocks.load(u.from(t), channels.count, blocks * kBlock, work.u.data);
+    channels.blocks.forward(channels.system, blocks, work.u.data, x.data, work.y.data, work.scratch.data);
+    for (size_t j = 0; j < y.size(); ++j)
+      channels.blocks.store(work.output(j), channels.adds(), channels.count, blocks * kBlock, y[j].from(t));
+  }
+
+  // The tokens after the last whole block.
+  void tokens() {
+    for (int64_t t = channels.whole(); t < channels.p.L; ++t) {
+      const auto u_t = u.from(t);
+      channels.advance(x.data, u_t);
+      for (size_t j = 0; j < y.size(); ++j) {
+        for (int64_t i = 0; i < channels.count; ++i)
+          channels.put(channels.output(x.data, j, i) + channels.skip_row(j)[i] * u_t[i], y[j].from(t)[i]);
+      }
+    }
+  }
+};
+
+// The derivatives by abar, bbar, Channels::c and skip of a vector of channels, added up over tokens and rows.
+template <class T, class scalar_t>
+struct ChannelSums {
+  int64_t N, C, rows, lanes, size;
+  Buffer<double> abar, bbar, c, skip;  // (rows), (rows), (C, rows), (C)
+  Buffer<scalar_t> recent;             // by the entries of the tables, of a few tiles
+  Buffer<double> total;
+
+  explicit ChannelSums(const Channels<T, scalar_t>& channels)
+      : N(channels.p.N),
+        C(channels.p.C),
+        rows(channels.rows),
+        lanes(channels.lanes),
+        size((rows * kBlock * (1 + C) + rows + C * kBlock * kBlock) * lanes),
+        abar(rows * lanes),
+        bbar(rows * lanes),
+        c(C * rows * lanes),
+        skip(C * lanes),
+        recent(size),
+        total(size) {
+    for (Buffer<double>* buffer : {&abar, &bbar, &c, &skip, &total}) buffer->zero();
+    recent.zero();
+  }
+
+  template <class V>
+  BlockGradients<V> tables(V* next) const {
+    auto take = [&](int64_t vectors) { return std::exchange(next, next + vectors * lanes); };
+    return {take(rows * kBlock), take(C * rows * kBlock), take(rows), take(C * kBlock * kBlock)};
+  }
+
+  // Long sums are float64.
+  void fold() {
+    for (int64_t i = 0; i < size; ++i) total.data[i] += recent.data[i];
+    recent.zero();
+  }
+
+  void add(double* sums, int64_t n, int64_t i, T value) const {
+    set(sums, N, lanes, n, i, get<T>(sums, N, lanes, n, i) + value);
+  }
+  double* c_row(int64_t j) const { return c.data + j * rows * lanes; }
+
+  // From the entries of the tables to the numbers they are made of.
+  void collect(const Channels<T, scalar_t>& channels) {
+    const auto by = tables(total.data);
+    const int64_t block = kBlock * lanes;
+    std::vector<double> lags(C * kBlock);
+    auto entry = [&](const double* table, int64_t n, int64_t token, int64_t i) {
+      return get<T>(table + token * lanes, N, block, n, i);
+    };
+    for (int64_t i = 0; i < channels.count; ++i) {
+      for (int64_t j = 0; j < C; ++j) {
+        for (int64_t lag = 0; lag < kBlock; ++lag) {
+          double& sum = lags[j * kBlock + lag] = 0;
+          for (int64_t from = 0; from + lag < kBlock; ++from)
+            sum += by.pairs[((j * kBlock + from) * kBlock + from + lag) * lanes + i];
+        }
+        skip.data[j * lanes + i] += lags[j * kBlock];
+      }
+      for (int64_t n = 0; n < N; ++n) {
+        const T a = channels.at(channels.abar.data, n, i), b = channels.at(channels.bbar.data, n, i);
+        T power = 1, slope = 0;  // a^t and t a^(t - 1)
+        T by_a = 0, by_b = 0;
+        for (int64_t t = 0; t < kBlock; ++t) {
+          const T by_in = entry(by.in, n, kBlock - 1 - t, i);
+          T by_power = by_in * conj(b), next_power = power * a, next_slope = slope * a + power, by_next = 0;
+          by_b += by_in * conj(power);
+          for (int64_t j = 0; j < C; ++j) {
+            const T c_j = channels.at(channels.c_row(j), n, i);
+            const T by_out = conj(entry(by.out + j * rows * block, n, t, i));
+            const double by_lag = lags[j * kBlock + t];
+            by_power += by_lag * conj(c_j * b);
+            by_b += by_lag * conj(c_j * power);
+            by_next += by_out * conj(c_j);
+            add(c_row(j), n, i, by_lag * conj(b * power) + by_out * conj(next_power));
+          }
+          by_a += by_power * conj(slope) + by_next * conj(next_slope);
+          power = next_power, slope = next_slope;
+        }
+        by_a += get<T>(by.power, N, lanes, n, i) * conj(slope);
+        add(abar.data, n, i, by_a);
+        add(bbar.data, n, i, by_b);
+      }
+    }
+  }
+};
+
+// Writes grad_u (B, H, L) of a vector of channels, turns its rows of grad_states (B, systems, N) from the
+// gradient of the final states into that of the initial ones, and adds up its parameters' derivatives.
+template <class T, class scalar_t>
+struct Backward {
+  static constexpr int64_t kFoldTiles = 64;
+
+  Channels<T, scalar_t> channels;
+  ChannelSums<T, scalar_t> sums;
+  int64_t size;              // numbers of a vector's states
+  Buffer<double> x, grad_x;  // (tokens after the last whole block + 1, rows), (rows)
+  Buffer<scalar_t> starts;   // (tiles, rows): x before each tile
+  Signal<const scalar_t> u{};
+  Signal<scalar_t> grad_u{};
+  std::vector<Signal<const scalar_t>> g;
+
+  Backward(const ScanProblem<T>& p, int64_t first, int64_t direction)
+      : channels(p, first, direction),
+        sums(channels),
+        size(channels.rows * channels.lanes),
+        x((p.L - channels.whole() + 1) * size),
+        grad_x(size),
+        starts((channels.whole() + kTile - 1) / kTile * size),
+        g(p.C) {}
+
+  void start(int64_t b, at::TensorAccessor<const scalar_t, 4> grad_y,
+             at::TensorAccessor<const scalar_t, 3> u_, const T* states, const T* grad_states,
+             at::TensorAccessor<scalar_t, 3> grad_u_) {
+    u = channels.signal(u_, b);
+    grad_u = channels.signal(grad_u_, b);
+    for (size_t j = 0; j < g.size(); ++j) g[j] = channels.signal(grad_y[b], j);
+    channels.load_state(states, b, x.data);
+    channels.load_state(grad_states, b, grad_x.data);
+  }
+
+  void forward_tile(int64_t t, int64_t blocks, const Workspace<scalar_t>& work) {
+    std::transform(x.data, x.data + size, starts.data + t / kTile * size, rounded<scalar_t>);
+    channels.blocks.load(u.from(t), channels.count, blocks * kBlock, work.u.data);
+    channels.blocks.forward(channels.system, blocks, work.u.data, x.data, nullptr, work.scratch.data);
+  }
+
+  // The tokens after the last whole block, from the state before them.
+  void tokens() {
+    const int64_t begin = channels.whole(), end = channels.p.L;
+    for (int64_t t = begin; t < end; ++t) {
+      double* const before = x.data + (t - begin) * size;
+      std::copy_n(before, size, before + size);
+      channels.advance(before + size, u.from(t));
+    }
+    for (int64_t t = end - 1; t >= begin; --t) {
+      for (int64_t i = 0; i < channels.count; ++i) backward_token(x.data + (t - begin) * size, t, i);
+    }
+  }
+
+  // Of channel i: `before` and after it are the states around token t.
+  void backward_token(const double* before, int64_t t, int64_t i) {
+    const int64_t N = channels.p.N;
+    const double u_t = u.from(t)[i];
+    double by_u = 0;
+    for (size_t j = 0; j < g.size(); ++j) {
+      const double g_t = g[j].from(t)[i];
+      by_u += channels.skip_row(j)[i] * g_t;
+      sums.skip.data[j * channels.lanes + i] += u_t * g_t;
+      for (int64_t n = 0; n < N; ++n) {
+        sums.add(grad_x.data, n, i, g_t * conj(channels.at(channels.c_row(j), n, i)));
+        sums.add(sums.c_row(j), n, i, g_t * conj(channels.at(before + size, n, i)));
+      }
+    }
+    for (int64_t n = 0; n < N; ++n) {
+      const T by_x = channels.at(grad_x.data, n, i);
+      by_u += real(conj(channels.at(channels.bbar.data, n, i)) * by_x);
+      sums.add(sums.bbar.data, n, i, u_t * by_x);
+      sums.add(sums.abar.data, n, i, by_x * conj(channels.at(before, n, i)));
+      set(grad_x.data, N, channels.lanes, n, i, conj(channels.at(channels.abar.data, n, i)) * by_x);
+    }
+    channels.put(by_u, grad_u.from(t)[i]);
+  }
+
+  void tile(int64_t t, int64_t blocks, const Workspace<scalar_t>& work) {
+    channels.blocks.load(u.from(t), channels.count, blocks * kBlock, work.u.data);
+    for (size_t j = 0; j < g.size(); ++j)
+      channels.blocks.load(g[j].from(t), channels.count, blocks * kBlock, work.output(j));
+    std::copy_n(starts.data + t / kTile * size, size, x.data);
+    channels.blocks.backward(channels.system, blocks, work.u.data, work.y.data, x.data, grad_x.data,
+                             work.grad_u.data, sums.tables(sums.recent.data), work.scratch.data);
+    channels.blocks.store(work.grad_u.data, channels.adds(), channels.count, blocks * kBlock, grad_u.from(t));
+    if (t / kTile % kFoldTiles == 0) sums.fold();
+  }
+};
+
+// The derivatives of all systems, a part for each part of the batch: by abar and bbar (parts, systems, N), by
+// c (parts, C, systems, N) and by skip (parts, C, H).
+template <class T>
+struct SystemSums {
+  const ScanProblem<T>& p;
+  int64_t parts;
+  Buffer<T> abar, bbar, c;
+  Buffer<double> skip;
+
+  SystemSums(const ScanProblem<T>& p_, int64_t parts_)
+      : p(p_),
+        parts(parts_),
+        abar(parts * p.systems() * p.N),
+        bbar(parts * p.systems() * p.N),
+        c(parts * p.C * p.systems() * p.N),
+        skip(parts * p.C * p.H) {}
+
+  template <class scalar_t>
+  void set(int64_t part, const Channels<T, scalar_t>& channels, const ChannelSums<T, scalar_t>& sums) {
+    for (int64_t i = 0; i < channels.count; ++i) {
+      const int64_t h = part * p.systems() + channels.system_of(i);
+      for (int64_t n = 0; n < p.N; ++n) {
+        abar.data[h * p.N + n] = channels.at(sums.abar.data, n, i);
+        bbar.data[h * p.N + n] = channels.at(sums.bbar.data, n, i);
+      }
+      for (int64_t j = 0; j < p.C; ++j) {
+        const int64_t row = (part * p.C + j) * p.systems() + channels.system_of(i);
+        for (int64_t n = 0; n < p.N; ++n) c.data[row * p.N + n] = channels.at(sums.c_row(j), n, i);
+        if (channels.direction == 0)
+          skip.data[(part * p.C + j) * p.H + channels.first + i] = sums.skip.data[j * channels.lanes + i];
+      }
+    }
+  }
+
+  // The sum over the parts, in order; parts lie `size` numbers apart.
+  template <class V>
+  V total(const Buffer<V>& buffer, int64_t size, int64_t index) const {
+    V sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += buffer.data[part * size + index];
+    return sum;
+  }
+};
+
+// The gradients of the parameters in float64: rows of w and b for each system, to be added over the copies.
 template <class T>
 struct ParameterGradients {
-  Values<T> w, b, c;      // (H, N), (H, N), (C, H, N)
-  Values<double> log_dt;  // (H,)
+  Values<T> w, b, c;            // (systems, N), (systems, N), (C, systems, N)
+  Values<double> log_dt, skip;  // (systems,), (C, H)
 
-  explicit ParameterGradients(const ScanProblem<T>& p)
-      : w(Values<T>::zeros(p.H, p.N)),
-        b(Values<T>::zeros(p.H, p.N)),
-        c(at::zeros(p.c.tensor.sizes(), at::kDouble)),
-        log_dt(at::zeros({p.H}, at::kDouble)) {}
-
-  // The complex derivative of a real function is stored conjugated, as autograd does.
-  void set(const ScanProblem<T>& p, int64_t h, const ChannelSums<T>& sums) {
-    double by_dt = 0;
-    for (int64_t n = 0; n < p.N; ++n) {
-      const auto d = p.discrete(h, n);
-      const T by_abar = sums.by_abar.get(n), by_bbar = sums.by_bbar.get(n);
-      const T by_scale = p.b.data[(h % p.S) * p.N + n] * by_bbar;
-      w.data[h * p.N + n] = conj(d.abar_w * by_abar + d.scale_w * by_scale);
-      b.data[h * p.N + n] = conj(d.scale * by_bbar);
-      for (int64_t i = 0; i < p.C; ++i) {
-        c.data[(i * p.H + h) * p.N + n] = conj(p.factor * sums.by_c[i].get(n));
+  explicit ParameterGradients(const SystemSums<T>& sums)
+      : w(Values<T>::zeros(sums.p.systems(), sums.p.N)),
+        b(Values<T>::zeros(sums.p.systems(), sums.p.N)),
+        c(at::zeros(sums.p.c.tensor.sizes(), at::kDouble)),
+        log_dt(at::zeros({sums.p.systems()}, at::kDouble)),
+        skip(at::zeros({sums.p.C, sums.p.H}, at::kDouble)) {
+    const auto& p = sums.p;
+    const int64_t H = p.systems(), N = p.N;
+    parallel_for_each(H, [&](int64_t h) {
+      double by_dt = 0;
+      for (int64_t n = 0; n < N; ++n) {
+        const auto d = p.discrete(h, n);
+        const T by_abar = sums.total(sums.abar, H * N, h * N + n),
+                by_bbar = sums.total(sums.bbar, H * N, h * N + n);
+        const T by_scale = conj(p.input_weight(h, n)) * by_bbar;
+        w.data[h * N + n] = conj(d.abar_w) * by_abar + conj(d.scale_w) * by_scale;
+        b.data[h * N + n] = conj(d.scale) * by_bbar;
+        by_dt += real(conj(d.abar_dt) * by_abar + conj(d.scale_dt) * by_scale);
+        for (int64_t j = 0; j < p.C; ++j) {
+          const int64_t index = (j * H + h) * N + n;
+          c.data[index] = p.factor * sums.total(sums.c, p.C * H * N, index);
+        }
       }
-      by_dt += real(d.abar_dt * by_abar + d.scale_dt * by_scale);
-    }
-    log_dt.data[h] = p.dt(h) * by_dt;
+      log_dt.data[h] = p.dt(h) * by_dt;
+    });
+    for (int64_t i = 0; i < p.C * p.H; ++i) skip.data[i] = sums.total(sums.skip, p.C * p.H, i);
   }
 };
 
 // A fresh float64 copy, zeros where there is no state.
-at::Tensor working_state(const at::Tensor& u, const at::Tensor& w, const OptionalTensor& state) {
+at::Tensor working_state(c10::SymIntArrayRef sizes, const OptionalTensor& state) {
   if (is_given(state)) return state->to(at::kDouble, false, true, at::MemoryFormat::Contiguous);
-  return at::zeros(C10_AS_INTARRAYREF_SLOW(diagonal_shapes::state_sizes(u, w)), at::kDouble);
+  return at::zeros(C10_AS_INTARRAYREF_SLOW(sizes), at::kDouble);
 }
 
-// y (B, C, H, L) from u (B, H, L); `state`, float64 and contiguous, becomes the one after the last token.
-void scan(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
-          const OptionalTensor& log_dt, OptionalString disc, const at::Tensor& state, const at::Tensor& y) {
+// Calls body(channels, part, rows) for groups of neighbouring channels, whose tokens share cache lines, and
+// for parts of the batch, as many as keep some dozen threads busy.
+struct Tasks {
+  static constexpr int64_t kChannels = 32;
+
+  struct Range {
+    int64_t begin, end;
+  };
+
+  int64_t H, B, groups, parts;
+  Tasks(int64_t H_, int64_t B_)
+      : H(H_),
+        B(B_),
+        groups((H + kChannels - 1) / kChannels),
+        parts(std::clamp<int64_t>(64 / std::max<int64_t>(groups, 1), 1, std::max<int64_t>(B, 1))) {}
+
+  template <class Body>
+  void run(const Body& body) const {
+    parallel_for_each(groups * parts, [&](int64_t task) {
+      const int64_t group = task / parts, part = task % parts;
+      body(Range{group * kChannels, std::min(H, (group + 1) * kChannels)}, part,
+           Range{part * B / parts, (part + 1) * B / parts});
+    });
+  }
+};
+
+// A Forward or a Backward for each vector of channels of a group.
+template <template <class, class> class Vector, class T, class scalar_t>
+std::vector<Vector<T, scalar_t>> vectors(const ScanProblem<T>& p, Tasks::Range channels, int64_t direction) {
+  const int64_t lanes = blocks_of<scalar_t>().lanes;
+  std::vector<Vector<T, scalar_t>> result;
+  for (int64_t h = channels.begin; h < channels.end; h += lanes) result.emplace_back(p, h, direction);
+  return result;
+}
+
+using ScanOutputs = std::tuple<at::Tensor, at::Tensor>;
+
+ScanOutputs diagonal_scan(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
+                          const OptionalTensor& log_dt, const OptionalTensor& state,
+                          const OptionalTensor& skip, OptionalString disc, bool bidirectional) {
+  diagonal_shapes::check_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional);
+  const auto y = empty_outputs(u, c.size(0)),
+             states = working_state(diagonal_shapes::state_sizes(u, w, c), state);
   dispatch(w, [&]<class T, class scalar_t>() {
-    const ScanProblem<T> p(u, w, b, c, log_dt, disc);
-    const Values<T> states(state);
+    const ScanProblem<T> p(u, w, b, c, log_dt, skip, disc, bidirectional);
     const auto u_ = u.accessor<const scalar_t, 3>();
     const auto y_ = y.accessor<scalar_t, 4>();
-    parallel_for_each(p.H, [&](int64_t h) { scan_channel<T, scalar_t>(p, h, u_, states.data, y_); });
+    T* const states_ = Values<T>(states).data;
+    Tasks(p.H, p.B).run([&](Tasks::Range channels, int64_t, Tasks::Range rows) {
+      const Workspace<scalar_t> work(p);
+      for (int64_t direction = 0; direction < p.directions; ++direction) {
+        auto group = vectors<Forward, T, scalar_t>(p, channels, direction);
+        for (int64_t row = rows.begin; row < rows.end; ++row) {
+          for (auto& vector : group) vector.start(row, u_, states_, y_);
+          for_each_tile(p.whole(), [&](int64_t t, int64_t blocks) {
+            for (auto& vector : group) vector.tile(t, blocks, work);
+          });
+          for (auto& vector : group) {
+            vector.tokens();
+            vector.channels.store_state(vector.x.data, row, states_);
+          }
+        }
+      }
+    });
   });
-}
-
-std::tuple<at::Tensor, at::Tensor> diagonal_scan(const at::Tensor& u, const at::Tensor& w,
-                                                 const at::Tensor& b, const at::Tensor& c,
-                                                 const OptionalTensor& log_dt, const OptionalTensor& state,
-                                                 OptionalString disc) {
-  diagonal_shapes::check_scan(u, w, b, c, log_dt, state, disc);
-  const auto y = empty_outputs(u, c.size(0)), final_state = working_state(u, w, state);
-  scan(u, w, b, c, log_dt, disc, final_state, y);
-  return {y, final_state.to(u.scalar_type())};
+  return {y, states.to(u.scalar_type())};
 }
 
 at::Tensor diagonal_step(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                          const OptionalTensor& log_dt, const at::Tensor& state, OptionalString disc) {
   diagonal_shapes::check_step(u, w, b, c, log_dt, state, disc);
-  const auto y = at::empty({u.size(0), c.size(0), u.size(1)}, u.options());
-  const auto next_state = working_state(u, w, state);
-  scan(u.unsqueeze(-1), w, b, c, log_dt, disc, next_state, y.unsqueeze(-1));
+  const auto [y, next_state] =
+      diagonal_scan(u.unsqueeze(-1), w, b, c, log_dt, state, std::nullopt, disc, false);
   state.copy_(next_state);
-  return y;
+  return y.squeeze(-1);
 }
 
-using ScanGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using ScanGrads =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 ScanGrads diagonal_scan_backward(const at::Tensor& grad_y, const at::Tensor& grad_state, const at::Tensor& u,
                                  const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                                  const OptionalTensor& log_dt, const OptionalTensor& state,
-                                 OptionalString disc, std::array<bool, 6> output_mask) {
-  diagonal_shapes::check_scan_backward(grad_y, grad_state, u, w, b, c, log_dt, state, disc, output_mask);
+                                 const OptionalTensor& skip, OptionalString disc, bool bidirectional,
+                                 std::array<bool, 7> output_mask) {
+  diagonal_shapes::check_scan_backward(grad_y, grad_state, u, w, b, c, log_dt, state, skip, disc,
+                                       bidirectional, output_mask);
   const auto grad_u = empty_signal(u);
-  const auto initial = working_state(u, w, state), grad_initial = working_state(u, w, grad_state);
+  const auto sizes = diagonal_shapes::state_sizes(u, w, c);
+  const auto states = working_state(sizes, state), grad_states = working_state(sizes, grad_state);
   return dispatch(w, [&]<class T, class scalar_t>() -> ScanGrads {
-    const ScanProblem<T> p(u, w, b, c, log_dt, disc);
-    const Values<T> states(initial), grad_states(grad_initial);
-    ParameterGradients<T> gradients(p);
+    const ScanProblem<T> p(u, w, b, c, log_dt, skip, disc, bidirectional);
+    const Tasks tasks(p.H, p.B);
+    SystemSums<T> sums(p, tasks.parts);
     const auto grad_y_ = grad_y.accessor<const scalar_t, 4>();
     const auto u_ = u.accessor<const scalar_t, 3>();
     const auto grad_u_ = grad_u.accessor<scalar_t, 3>();
-    parallel_for_each(p.H, [&](int64_t h) {
-      gradients.set(p, h,
-                    backward_sweep<T, scalar_t>(p, h, grad_y_, u_, states.data, grad_states.data, grad_u_));
+    T *const states_ = Values<T>(states).data, *const grad_states_ = Values<T>(grad_states).data;
+    tasks.run([&](Tasks::Range channels, int64_t part, Tasks::Range rows) {
+      const Workspace<scalar_t> work(p);
+      for (int64_t direction = 0; direction < p.directions; ++direction) {
+        auto group = vectors<Backward, T, scalar_t>(p, channels, direction);
+        for (int64_t row = rows.begin; row < rows.end; ++row) {
+          for (auto& vector : group) vector.start(row, grad_y_, u_, states_, grad_states_, grad_u_);
+          for_each_tile(p.whole(), [&](int64_t t, int64_t blocks) {
+            for (auto& vector : group) vector.forward_tile(t, blocks, work);
+          });
+          for (auto& vector : group) vector.tokens();
+          for_each_tile_backwards(p.whole(), [&](int64_t t, int64_t blocks) {
+            for (auto& vector : group) vector.tile(t, blocks, work);
+          });
+          for (auto& vector : group) vector.channels.store_state(vector.grad_x.data, row, grad_states_);
+        }
+        for (auto& vector : group) {
+          vector.sums.collect(vector.channels);
+          sums.set(part, vector.channels, vector.sums);
+        }
+      }
     });
+    const ParameterGradients<T> gradients(sums);
     return {output_mask[0] ? grad_u : at::Tensor(),
-            gradient(output_mask[1], p.sum_over_channels(gradients.w, p.H), w),
-            gradient(output_mask[2], p.sum_over_channels(gradients.b, p.H), w),
+            gradient(output_mask[1], p.sum_over_channels(gradients.w, p.systems()), w),
+            gradient(output_mask[2], p.sum_over_channels(gradients.b, p.systems()), w),
             gradient(output_mask[3], gradients.c.tensor, w),
             gradient(output_mask[4], gradients.log_dt.tensor, w),
-            gradient(output_mask[5], grad_initial, w)};
+            gradient(output_mask[5], grad_states, w),
+            gradient(output_mask[6], gradients.skip.tensor, w)};
   });
 }
 

@@ -74,62 +74,78 @@ inline void check_kernel_backward(const at::Tensor& grad_k, const at::Tensor& w,
   check_wanted(op, "log_dt", output_mask[2], log_dt);
 }
 
-// (B, H, N) or (B, H, N, 2), for u (B, H, ...).
-inline c10::SymDimVector state_sizes(const at::Tensor& u, const at::Tensor& w) {
-  c10::SymDimVector sizes{u.sym_size(0), u.sym_size(1), w.sym_size(1)};
+// (B, H, N) or (B, H, N, 2) of H systems, for u (B, ...) and c (C, H, N) or (C, H, N, 2).
+inline c10::SymDimVector state_sizes(const at::Tensor& u, const at::Tensor& w, const at::Tensor& c) {
+  c10::SymDimVector sizes{u.sym_size(0), c.sym_size(1), w.sym_size(1)};
   if (has_pairs(w)) sizes.push_back(2);
   return sizes;
 }
 
 inline void check_state(const char* op, const char* name, const at::Tensor& state, const at::Tensor& u,
-                        const at::Tensor& w) {
+                        const at::Tensor& w, const at::Tensor& c) {
   const char* letters = has_pairs(w) ? "(B, H, N, 2)" : "(B, H, N)";
-  const auto sizes = state_sizes(u, w);
+  const auto sizes = state_sizes(u, w, c);
   check_dim(op, name, state, int64_t(sizes.size()), letters);
   check_like(op, name, state, "w", w);
   for (size_t dim = 0; dim < sizes.size(); ++dim) check_size(op, name, state, dim, sizes[dim], letters);
 }
 
-// u (B, H, L) of diagonal_scan or (B, H) of diagonal_step.
+// u (B, H, L) of diagonal_scan or (B, H) of diagonal_step, for H systems or two for each channel.
 inline void check_recurrence(const char* op, const at::Tensor& u, const char* u_letters, const at::Tensor& w,
                              const at::Tensor& b, const at::Tensor& c, const OptionalTensor& log_dt,
-                             const OptionalTensor& state, OptionalString disc) {
+                             const OptionalTensor& state, OptionalString disc, bool bidirectional) {
   check_system(op, w, c, log_dt, disc, true);
   check_like(op, "u", u, "w", w);
-  check_size(op, "u", u, 1, c.sym_size(1), u_letters);
+  if (bidirectional) {
+    TORCH_CHECK_VALUE(c.sym_size(1).sym_eq(2 * u.sym_size(1)).expect_true(__FILE__, __LINE__), op, ": c has ",
+                      c.sym_size(1), " channels, expected ", 2 * u.sym_size(1),
+                      ", two for each of u, as bidirectional is True");
+  } else {
+    check_size(op, "u", u, 1, c.sym_size(1), u_letters);
+  }
   const char* b_letters = has_pairs(w) ? "(S, N, 2)" : "(S, N)";
   check_dim(op, "b", b, w.dim(), b_letters);
   check_like(op, "b", b, "w", w);
   for (int64_t dim = 0; dim < w.dim(); ++dim) check_size(op, "b", b, dim, w.sym_size(dim), b_letters);
-  if (is_given(state)) check_state(op, "state", *state, u, w);
+  if (is_given(state)) check_state(op, "state", *state, u, w, c);
 }
 
 inline void check_scan(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
-                       const OptionalTensor& log_dt, const OptionalTensor& state, OptionalString disc) {
-  check_dim("diagonal_scan", "u", u, 3, "(B, H, L)");
-  check_recurrence("diagonal_scan", u, "(B, H, L)", w, b, c, log_dt, state, disc);
+                       const OptionalTensor& log_dt, const OptionalTensor& state, const OptionalTensor& skip,
+                       OptionalString disc, bool bidirectional) {
+  constexpr const char* op = "diagonal_scan";
+  check_dim(op, "u", u, 3, "(B, H, L)");
+  check_recurrence(op, u, "(B, H, L)", w, b, c, log_dt, state, disc, bidirectional);
+  if (is_given(skip)) {
+    check_dim(op, "skip", *skip, 2, "(C, H)");
+    check_like(op, "skip", *skip, "w", w);
+    check_size(op, "skip", *skip, 0, c.sym_size(0), "(C, H)");
+    check_size(op, "skip", *skip, 1, u.sym_size(1), "(C, H)");
+  }
 }
 
 inline void check_scan_backward(const at::Tensor& grad_y, const at::Tensor& grad_state, const at::Tensor& u,
                                 const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                                 const OptionalTensor& log_dt, const OptionalTensor& state,
-                                OptionalString disc, std::array<bool, 6> output_mask) {
+                                const OptionalTensor& skip, OptionalString disc, bool bidirectional,
+                                std::array<bool, 7> output_mask) {
   constexpr const char *op = "diagonal_scan", *letters = "(B, C, H, L)";
-  check_scan(u, w, b, c, log_dt, state, disc);
+  check_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional);
   check_dim(op, "grad_y", grad_y, 4, letters);
   check_like(op, "grad_y", grad_y, "w", w);
   check_size(op, "grad_y", grad_y, 0, u.sym_size(0), letters);
-  for (int64_t dim : {0, 1}) check_size(op, "grad_y", grad_y, dim + 1, c.sym_size(dim), letters);
-  check_size(op, "grad_y", grad_y, 3, u.sym_size(2), letters);
-  check_state(op, "grad_state", grad_state, u, w);
+  check_size(op, "grad_y", grad_y, 1, c.sym_size(0), letters);
+  for (int64_t dim : {1, 2}) check_size(op, "grad_y", grad_y, dim + 1, u.sym_size(dim), letters);
+  check_state(op, "grad_state", grad_state, u, w, c);
   check_wanted(op, "log_dt", output_mask[4], log_dt);
   check_wanted(op, "state", output_mask[5], state);
+  check_wanted(op, "skip", output_mask[6], skip);
 }
 
 inline void check_step(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                        const OptionalTensor& log_dt, const at::Tensor& state, OptionalString disc) {
   check_dim("diagonal_step", "u", u, 2, "(B, H)");
-  check_recurrence("diagonal_step", u, "(B, H)", w, b, c, log_dt, state, disc);
+  check_recurrence("diagonal_step", u, "(B, H)", w, b, c, log_dt, state, disc, false);
 }
 
 }  // namespace spade_ext::diagonal_shapes

@@ -84,7 +84,7 @@ TEST_CASE("diagonal_scan and diagonal_step") {
   const auto u = tensor({1, 0, 2}, {1, 1, 3}), state = tensor({4}, {1, 1, 1});  // states 5, 2.5, 7.25
 
   SECTION("values") {
-    const auto [y, final_state] = spade_ext::diagonal_scan(u, half, b, c, {}, state, std::nullopt);
+    const auto [y, final_state] = spade_ext::diagonal_scan(u, half, b, c, {}, state, {}, std::nullopt);
     CHECK(is_close(y, tensor({10, 5, 14.5}, {1, 1, 1, 3})));
     CHECK(is_close(final_state, tensor({7.25}, {1, 1, 1})));
     CHECK(is_close(state, tensor({4}, {1, 1, 1})));
@@ -105,7 +105,7 @@ TEST_CASE("diagonal_scan and diagonal_step") {
         parameter({2, 3, 4})));
   }
   SECTION("error") {
-    CHECK_THROWS_AS(spade_ext::diagonal_scan(u, half, b, c, {}, state, "dss"), c10::ValueError);
+    CHECK_THROWS_AS(spade_ext::diagonal_scan(u, half, b, c, {}, state, {}, "dss"), c10::ValueError);
     CHECK_THROWS_AS(spade_ext::diagonal_step(u, half, b, c, {}, state, std::nullopt), c10::ValueError);
   }
 }

@@ -6,6 +6,7 @@ from torch._dynamo.utils import counters
 
 from spade_ext import nn
 from spade_ext.convert import from_reference, load_reference
+from spade_ext.ops import long_conv
 
 from ..reference import below
 
@@ -17,6 +18,12 @@ OPTIONS = {
 }
 all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 TOLERANCES = {"rtol": 1e-9, "atol": 1e-9}
+
+
+@pytest.fixture(autouse=True, params=[0, 32], ids=["convolution", "scan"])
+def way_to_run(request, monkeypatch):
+    """Every test holds for both."""
+    monkeypatch.setattr(nn.state_space, "SCAN_LIMIT", request.param)
 
 
 def ema(**options):
@@ -83,9 +90,16 @@ def test_two_sided_is_two_one_sided(truncation):
     for layer, half in ((forward, 0), (reverse, 1)):
         layer.load_state_dict({name: value[half] for name, value in halves.items()} | {"omega": both.omega})
     x = tokens(2, 20)
-    kernels = [layer.convolution_kernel(20) for layer in (forward, reverse)]
-    average = forward.convolve(x, kernels[0]) + reverse.convolve(x.flip(1), kernels[1]).flip(1)
-    torch.testing.assert_close(both(x), torch.nn.functional.silu(average + both.omega * x), **TOLERANCES)
+    k, k_reverse = (layer.convolution_kernel(20) for layer in (forward, reverse))
+    average = long_conv(x.mT, k) + long_conv(x.mT.flip(-1), k_reverse).flip(-1)
+    torch.testing.assert_close(both(x), torch.nn.functional.silu(average.mT + both.omega * x), **TOLERANCES)
+
+
+@pytest.mark.parametrize(("bidirectional", "n_dim", "scans"), [(False, 32, True), (False, 33, False), (True, 16, True)])
+def test_limit_of_scans(bidirectional, n_dim, scans, monkeypatch):
+    monkeypatch.setattr(nn.state_space, "SCAN_LIMIT", 32)
+    assert nn.EMA(6, n_dim, bidirectional=bidirectional).scans is scans
+    assert not nn.EMA(6, 17, bidirectional=True).scans and not nn.EMA(6, truncation=4).scans
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -34,6 +34,12 @@ all_kernels_and_dss = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def convolution(monkeypatch):
+    """These small states would all be scanned."""
+    monkeypatch.setattr(nn.state_space, "SCAN_LIMIT", 0)
+
+
 def s4(**options):
     return nn.S4(6, 8, **{"kernel": "s4d", "n_ssm": 2, **options})
 
@@ -235,6 +241,29 @@ def test_padded_and_packed_rows_hand_on_their_own_state(options):
         alone, last[row] = layer(x[row : row + 1, begin:end], state=before)
         torch.testing.assert_close(y[row, begin:end], alone[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(after, torch.cat([last[row] for row in range(4)]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("disc", ["zoh", "bilinear"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_scan_is_the_convolution(disc, packed, monkeypatch):
+    layer, x = double(kernel="s4d", disc=disc, channels=2), tokens(2, 40).requires_grad_()
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 30:] = 0
+    ids = torch.arange(40).expand(2, -1) // 9 if packed else None
+    results = []
+    for limit, scans in ((0, False), (8, True)):
+        monkeypatch.setattr(nn.state_space, "SCAN_LIMIT", limit)
+        assert layer.scans is scans
+        y = layer(x, mask, ids, rate=1.5)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_two_sided_layers_and_those_without_a_recurrence_do_not_scan(monkeypatch):
+    monkeypatch.setattr(nn.state_space, "SCAN_LIMIT", 32)
+    assert s4().scans and nn.S4(6, 32, kernel="s4d").scans and not nn.S4(6, 34, kernel="s4d").scans
+    assert not s4(bidirectional=True).scans and not s4(disc="dss").scans and not s4(kernel="s4").scans
 
 
 @all_kernels

@@ -171,24 +171,46 @@ def diagonal_kernel_samples() -> list[Sample]:
 
 
 def diagonal_scan_sample(
-    name: str, L=8, B=2, C=2, H=4, N=5, S=2, *, disc="zoh", real=False, with_state=True, grad=True, **given
+    name: str,
+    L=8,
+    B=2,
+    C=2,
+    H=4,
+    N=5,
+    S=2,
+    *,
+    disc="zoh",
+    real=False,
+    with_state=True,
+    bidirectional=False,
+    grad=True,
+    **given,
 ) -> Sample:
-    """`given` replaces u, w, b, c, log_dt or state; a state of zeros is None."""
-    w, c, log_dt = s4d_parameters(C, H, N, S, real=real)
+    """`given` replaces u, w, b, c, log_dt or state, or gives a skip; a state of zeros is None."""
+    systems = 2 * H if bidirectional else H
+    w, c, log_dt = s4d_parameters(C, systems, N, S, real=real)
     pair = () if real else (2,)
     values = {"u": randn(B, H, L), "w": w, "b": randn(S, N, *pair), "c": c, "log_dt": None if disc is None else log_dt}
-    values |= {"state": randn(B, H, N, *pair) if with_state else None} | given
-    sample = Sample(name, tuple(values.values()), {"disc": disc})
+    values |= {"state": randn(B, systems, N, *pair) if with_state else None, "skip": None} | given
+    sample = Sample(name, tuple(values.values()), {"disc": disc, "bidirectional": bidirectional})
     return sample if grad else sample.map(Tensor.detach)
+
+
+def diagonal_step_sample(name: str, B=2, C=2, H=4, N=5, S=2, *, u=None, **options) -> Sample:
+    """Without gradients."""
+    u = constant(B, H) if u is None else u
+    sample = diagonal_scan_sample(name, 1, B, C, H, N, S, u=u, grad=False, **options)
+    return Sample(name, sample.args[:-1], {"disc": sample.kwargs["disc"]})
 
 
 def diagonal_scan_samples() -> list[Sample]:
     torch.manual_seed(0)
-    constants = {"u": constant(2, 4, 8), "w": -constant(2, 5, 2).abs(), "b": constant(2, 5, 2)}
+    constants = {"u": constant(2, 4, 33), "w": -constant(2, 5, 2).abs(), "b": constant(2, 5, 2)}
     constants |= {"c": constant(2, 4, 5, 2), "log_dt": constant(4) - 3, "state": constant(2, 4, 5, 2)}
+    constants |= {"skip": constant(2, 4)}
 
     def gradient_of(name: str) -> Sample:
-        return diagonal_scan_sample(f"gradient_of_{name}", **constants | {name: leaf(constants[name])})
+        return diagonal_scan_sample(f"gradient_of_{name}", 33, **constants | {name: leaf(constants[name])})
 
     return [
         diagonal_scan_sample("zoh"),
@@ -202,10 +224,20 @@ def diagonal_scan_samples() -> list[Sample]:
         diagonal_scan_sample("length_0", 0),
         diagonal_scan_sample("length_0_without_state", 0, with_state=False),
         diagonal_scan_sample("length_1", 1),
+        diagonal_scan_sample("length_16", 16, H=8),
         diagonal_scan_sample("length_63", 63, H=1, S=1),
-        diagonal_scan_sample("length_64", 64, N=1),
-        diagonal_scan_sample("length_65", 65, C=1, N=33),
+        diagonal_scan_sample("length_64", 64, N=1, H=17, S=1),
+        diagonal_scan_sample("length_65", 65, C=1, N=33, H=7, S=1),
         diagonal_scan_sample("length_129", 129, H=9, S=3),
+        diagonal_scan_sample("length_129_real", 129, H=9, S=3, real=True),
+        diagonal_scan_sample("length_1100", 1100, C=1, H=18, N=3, skip=randn(1, 18)),
+        diagonal_scan_sample("skip", 40, skip=randn(2, 4)),
+        diagonal_scan_sample("bidirectional", 40, S=4, bidirectional=True),
+        diagonal_scan_sample(
+            "bidirectional_real", 150, H=9, S=9, disc=None, real=True, bidirectional=True, skip=randn(2, 9)
+        ),
+        diagonal_scan_sample("bidirectional_without_state", 5, with_state=False, bidirectional=True),
+        diagonal_scan_sample("bidirectional_length_0", 0, bidirectional=True, skip=randn(2, 4)),
         diagonal_scan_sample("length_1000", 1000, B=1, N=8),
         diagonal_scan_sample("a_copy_a_channel", H=6, S=6),
         diagonal_scan_sample("no_states", N=0),
@@ -213,6 +245,7 @@ def diagonal_scan_samples() -> list[Sample]:
         diagonal_scan_sample("no_outputs", C=0),
         diagonal_scan_sample("empty_batch", B=0),
         diagonal_scan_sample("transposed", 33, u=leaf(randn(2, 33, 4).mT), c=leaf(randn(5, 4, 2, 2).transpose(0, 2))),
+        diagonal_scan_sample("transposed_two_sided", 150, H=17, S=2, u=leaf(randn(2, 150, 17).mT), bidirectional=True),
         diagonal_scan_sample(
             "sliced", 20, u=leaf(randn(4, 8, 50)[::2, ::2, 5:45:2]), state=leaf(randn(2, 8, 5, 4)[:, ::2, :, 1:3])
         ),
@@ -227,11 +260,7 @@ def diagonal_scan_samples() -> list[Sample]:
 def diagonal_step_samples() -> list[Sample]:
     """Without gradients."""
     torch.manual_seed(0)
-
-    def sample(name: str, B=2, C=2, H=4, N=5, S=2, *, u=None, **options) -> Sample:
-        u = constant(B, H) if u is None else u
-        return diagonal_scan_sample(name, B=B, C=C, H=H, N=N, S=S, u=u, grad=False, **options)
-
+    sample = diagonal_step_sample
     return [
         sample("zoh"),
         sample("bilinear", disc="bilinear"),

@@ -19,11 +19,11 @@ def diagonal_kernel_backward(device, grad_shape=(1, 3, 5), output_mask=(True, Tr
 
 
 def diagonal_scan_backward(
-    device, grad_shape=(2, 1, 3, 5), output_mask=(True, True, True, True, False, False), state_shape=(2, 3, 2)
+    device, grad_shape=(2, 1, 3, 5), output_mask=(*[True] * 4, *[False] * 3), state_shape=(2, 3, 2)
 ):
     u, w, c = (torch.ones(shape, device=device) for shape in ((2, 3, 5), (1, 2), (1, 3, 2)))
     grad_y, grad_state = torch.ones(grad_shape, device=device), torch.ones(state_shape, device=device)
-    return OPS.diagonal_scan_backward(grad_y, grad_state, u, w, w, c, None, None, None, output_mask)
+    return OPS.diagonal_scan_backward(grad_y, grad_state, u, w, w, c, None, None, None, None, False, output_mask)
 
 
 def local_attention_backward(
@@ -64,11 +64,16 @@ def s4_kernel_backward(device, grad_shape=(3, 1, 4, 5), output_mask=(True,) * 5,
         (diagonal_scan_backward, {"grad_shape": (2, 3, 5)}, r"grad_y has shape \[2, 3, 5\], expected \(B, C, H, L\)"),
         (diagonal_scan_backward, {"grad_shape": (2, 2, 3, 5)}, r"grad_y has shape .*, expected 1 in dimension 1"),
         (diagonal_scan_backward, {"state_shape": (2, 3, 1)}, r"grad_state has shape .*, expected 2 in dimension 2"),
-        (diagonal_scan_backward, {"output_mask": [True] * 6}, "output_mask wants the gradient of log_dt"),
+        (diagonal_scan_backward, {"output_mask": [True] * 7}, "output_mask wants the gradient of log_dt"),
         (
             diagonal_scan_backward,
-            {"output_mask": [False] * 5 + [True]},
+            {"output_mask": [False] * 5 + [True, False]},
             "output_mask wants the gradient of state, which is None",
+        ),
+        (
+            diagonal_scan_backward,
+            {"output_mask": [False] * 6 + [True]},
+            "output_mask wants the gradient of skip, which is None",
         ),
         (local_attention_backward, {"grad_shape": (2, 4, 2, 4)}, r"grad_out has shape .*, expected 5 in dimension 1"),
         (local_attention_backward, {"output_mask": [True] * 4}, "output_mask wants the gradient of bias"),

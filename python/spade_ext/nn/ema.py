@@ -57,10 +57,16 @@ class EMA(StateSpaceLayer):
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """log q (K D, N), the inputs' weights p beta (K D, N) and the outputs' gamma / sqrt(N) (1, K D, N)."""
-        p = self.delta.sigmoid()
-        below_one = 1 - torch.finfo(self.dtype).eps / 2  # where p sigmoid(alpha) rounds to 1, log q would be infinite
-        log_q = torch.log1p(-(p * self.alpha.sigmoid()).clamp(max=below_one))
-        return log_q, p * self.beta, self.gamma[None] / math.sqrt(self.n_dim)
+
+        def coefficients() -> tuple[Tensor, Tensor, Tensor]:
+            p = self.delta.sigmoid()
+            below_one = (
+                1 - torch.finfo(self.dtype).eps / 2
+            )  # where p sigmoid(alpha) rounds to 1, log q would be infinite
+            log_q = torch.log1p(-(p * self.alpha.sigmoid()).clamp(max=below_one))
+            return log_q, p * self.beta, self.gamma[None] / math.sqrt(self.n_dim)
+
+        return self.reuse("coefficients", coefficients)
 
     def convolution_kernel(self, length: int) -> Tensor:
         """The kernels (K D, length) of all channels, forward ones before reverse ones, from lag 0 to the truncation."""
@@ -74,17 +80,24 @@ class EMA(StateSpaceLayer):
 
     def convolve(self, u: Tensor, kernel: Tensor) -> Tensor:
         if not self.bidirectional:
-            return long_conv(u.mT, kernel).mT
+            return long_conv(u.mT, kernel, self.omega).mT
         forward, reverse = kernel.chunk(2)
-        return long_conv(u.mT, forward, reverse[:, :1].sum(-1), reverse[:, 1:]).mT  # the sum: lag 0, none at length 0
+        skip = self.omega + reverse[:, :1].sum(-1)  # the sum: lag 0, none at length 0
+        return long_conv(u.mT, forward, skip, reverse[:, 1:]).mT
 
-    def advance(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def can_scan(self) -> bool:
+        return self.truncation is None
+
+    def advance(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         log_q, b, c = self.coefficients()
-        y, state = diagonal_scan(u.mT, log_q, b, c, None, state, disc=None)
+        y, state = diagonal_scan(
+            u.mT, log_q, b, c, None, state, self.omega[None], disc=None, bidirectional=self.bidirectional
+        )
         return y.squeeze(1).mT, state
 
-    def activate(self, y: Tensor, x: Tensor) -> Tensor:
-        return nn.functional.silu(y + self.omega * x)
+    def activate(self, y: Tensor, x: Tensor, u: Tensor) -> Tensor:
+        return nn.functional.silu(y if u is x else y + self.omega * (x - u))
 
     def forward(
         self,
@@ -118,7 +131,7 @@ class EMA(StateSpaceLayer):
         u = self.widen(x)
         log_q, b, c = self.coefficients()
         y = diagonal_step(u, log_q, b, c, None, state, disc=None).squeeze(1)
-        return self.activate(y, u).to(x.dtype)
+        return nn.functional.silu(y + self.omega * u).to(x.dtype)
 
     def check_has_states(self) -> None:
         super().check_has_states()

@@ -175,11 +175,15 @@ class S4(StateSpaceLayer):
         forward, reverse = kernel.chunk(2) if self.bidirectional else (kernel, None)
         return join_channels(long_conv(u.mT, forward, self.D, reverse))
 
-    def advance(self, u: Tensor, state: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+    @property
+    def can_scan(self) -> bool:
+        # A scan's reverse direction sees the token itself, this layer's does not.
+        return self.kernel == "s4d" and self.disc != "dss" and not self.bidirectional
+
+    def advance(self, u: Tensor, state: Tensor | None, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         log_dt = self._log_dt(rate)
         if self.kernel == "s4d":
-            y, state = diagonal_scan(u.mT, self.w, self.B, self.C, log_dt, state, disc=self.disc)
-            y = y + self.D[..., None] * u.mT[:, None]
+            y, state = diagonal_scan(u.mT, self.w, self.B, self.C, log_dt, state, self.D, disc=self.disc)
             return join_channels(y), state
         w, P = self._every_channel(self.w), self._every_channel(self.P)
         b = torch.cat([self._every_channel(self.B)[None], state_as_input(state, w, P, log_dt)])

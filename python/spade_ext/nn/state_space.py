@@ -1,15 +1,22 @@
 """What state space layers share: padding, packed documents, states handed on, parameters that stay float32."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .mask import ids_or_rows, matching_ids, real_tokens
 from .packing import Documents
+
+Value = TypeVar("Value")
+
+# The most real numbers in the states of a channel, over both directions, with which a scan is not slower than a
+# convolution by FFT (benchmarks/scan_or_fft.py).
+SCAN_LIMIT = 32
 
 
 def parameter_dtype() -> torch.dtype:
@@ -27,12 +34,23 @@ class StateSpaceLayer(nn.Module, ABC):
     d_model: int
     bidirectional: bool
     kernel_grows = True  # a longer kernel begins with the shorter one
-    _reused: dict[Hashable, Tensor] | None = None
+    _reused: dict[Hashable, Any] | None = None
 
     @property
     @abstractmethod
     def state_size(self) -> tuple[int, ...]:
         """Shape of one row's state."""
+
+    @property
+    def can_scan(self) -> bool:
+        """Whether `advance` takes None for a state of zeros and then gives what `convolve` does."""
+        return False
+
+    @property
+    def scans(self) -> bool:
+        """Whether the layer runs as a recurrence rather than as a convolution, because that is faster."""
+        directions = 2 if self.bidirectional else 1
+        return self.can_scan and directions * math.prod(self.state_size[1:]) <= SCAN_LIMIT
 
     @abstractmethod
     def convolution_kernel(self, length: int, **options) -> Tensor:
@@ -43,7 +61,7 @@ class StateSpaceLayer(nn.Module, ABC):
         """(B, L, D) to (B, L, E) from zero states, by a kernel of L taps or more."""
 
     @abstractmethod
-    def advance(self, u: Tensor, state: Tensor, **options) -> tuple[Tensor, Tensor]:
+    def advance(self, u: Tensor, state: Tensor | None, **options) -> tuple[Tensor, Tensor]:
         """What `convolve` does, from `state`; also the state after the last token."""
 
     @abstractmethod
@@ -56,8 +74,8 @@ class StateSpaceLayer(nn.Module, ABC):
         for name, value in self.initial_values().items():
             copy_(getattr(self, name), value)
 
-    def activate(self, y: Tensor, x: Tensor) -> Tensor:
-        """What follows the state space model, given its output and the input before masking."""
+    def activate(self, y: Tensor, x: Tensor, u: Tensor) -> Tensor:
+        """What follows the state space model: y is its output, x its input and u that with zeros at padded tokens."""
         return y
 
     def run(
@@ -91,25 +109,26 @@ class StateSpaceLayer(nn.Module, ABC):
         if state is not None:
             self.check_state(state, x.size(0))
             y, state = self._advance(u, mask, segment_ids, state, options)
-            return self.activate(y, wide).to(x.dtype), state
+            return self.activate(y, wide, u).to(x.dtype), state
         if segment_ids is None and (mask is None or self.kernel_grows):
             y = self._convolve_row(u, options)
         else:
             y = self._convolve_documents(u, Documents(ids_or_rows(segment_ids, mask), mask), options)
-        return self.activate(y, wide).to(x.dtype)
+        return self.activate(y, wide, u).to(x.dtype)
 
-    def _convolve_row(self, u: Tensor, options: dict[str, Any]) -> Tensor:
-        return self.convolve(u, self.convolution_kernel(u.size(1), **options))
+    def _convolve_row(self, u: Tensor, options: dict[str, Any], kernel: Tensor | None = None) -> Tensor:
+        if self.scans:
+            return self.advance(u, None, **options)[0]
+        return self.convolve(u, self.convolution_kernel(u.size(1), **options) if kernel is None else kernel)
 
     def _convolve_documents(self, u: Tensor, documents: Documents, options: dict[str, Any]) -> Tensor:
         if not len(documents.lengths):
             return self._convolve_row(u, options)
-        whole = self.convolution_kernel(u.size(1), **options) if self.kernel_grows else None
+        one_kernel = self.kernel_grows and not self.scans
+        kernel = self.convolution_kernel(u.size(1), **options) if one_kernel else None
         parts = []
         for group in documents.groups(equal=not self.kernel_grows):
-            part = documents.gather(u, group)
-            kernel = self.convolution_kernel(part.size(1), **options) if whole is None else whole
-            parts.append((group, self.convolve(part, kernel)))
+            parts.append((group, self._convolve_row(documents.gather(u, group), options, kernel)))
         return documents.scatter(parts)
 
     def _advance(
@@ -167,7 +186,7 @@ class StateSpaceLayer(nn.Module, ABC):
         if x.dim() != 2 or x.size(-1) != self.d_model:
             raise ValueError(f"x has shape {list(x.shape)}, expected (B, {self.d_model})")
 
-    def reuse(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def reuse(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """make(), or within `reuse_kernels` and without gradients what it gave the first time."""
         if self._reused is None or torch.is_grad_enabled():
             return make()

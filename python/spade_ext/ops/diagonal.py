@@ -59,13 +59,15 @@ def diagonal_scan(
     c: Tensor,
     log_dt: Tensor | None,
     state: Tensor | None = None,
+    skip: Tensor | None = None,
     *,
     disc: RecurrentDisc | None = "zoh",
+    bidirectional: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""A diagonal state space model as a recurrence, with an initial and a final state.
 
-    ``x_t = abar x_{t-1} + bbar u_t``, ``y_t = 2 Re sum_n c x_t``, with abar and bbar from ``dt = exp(log_dt)`` by the
-    discretisation `disc`:
+    ``x_t = abar x_{t-1} + bbar u_t``, ``y_t = 2 Re sum_n c x_t + skip u_t``, with abar and bbar from
+    ``dt = exp(log_dt)`` by the discretisation `disc`:
 
     * ``"zoh"``: abar = exp(w dt), bbar = b (exp(w dt) - 1) / w
     * ``"bilinear"``: abar = (1 + w dt / 2) / (1 - w dt / 2), bbar = b dt / (1 - w dt / 2)
@@ -73,6 +75,9 @@ def diagonal_scan(
 
     From a state of zeros, y is the convolution of u with ``diagonal_kernel(w, b c, log_dt, L)``. A sequence cut
     anywhere and run in pieces, the state handed on, gives what the whole gives, gradients included.
+
+    With `bidirectional` there are two systems a channel: c, log_dt and state have 2 H channels, of which the last H run
+    from the last token to the first. y is the sum of both directions; both see the token itself.
 
     Args:
         u: (B, H, L), any strides.
@@ -82,18 +87,19 @@ def diagonal_scan(
         c: (C, H, N, 2) or (C, H, N), output weights of each state. S divides H.
         log_dt: (H,), natural logarithm of the step.
         state: (B, H, N, 2) or (B, H, N), before the first token; zeros unless given.
+        skip: (C, H), weights of u itself; zeros unless given.
 
     Returns:
         y (B, C, H, L) in u's layout: where u is a transposed contiguous (B, L, H), y is a transposed contiguous
         (B, L, C, H); and the state after the last token, contiguous, a copy of `state` where L is 0. float32 or float64
-        as the arguments; the arithmetic is float64 either way.
+        as the arguments.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit, named in one sentence.
 
     Source: Gu et al., S4D (arXiv 2206.11893), section 3; Ma et al., MEGA (arXiv 2209.10655), section 3.1.
     """
-    return torch.ops.spade_ext.diagonal_scan(u, w, b, c, log_dt, state, disc)
+    return torch.ops.spade_ext.diagonal_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional)
 
 
 def diagonal_scan_ref(
@@ -103,20 +109,29 @@ def diagonal_scan_ref(
     c: Tensor,
     log_dt: Tensor | None,
     state: Tensor | None = None,
+    skip: Tensor | None = None,
     *,
     disc: RecurrentDisc | None = "zoh",
+    bidirectional: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`diagonal_scan` as a loop over tokens, all states in memory, float64 inside."""
-    (B, H), pairs = u.shape[:2], w.dim() == 3
+    B, H, pairs = u.size(0), c.size(1), w.dim() == 3
     abar, scale = discretize(w, log_dt, H, disc)
     bbar = in_float64(b, w).repeat(H // w.size(0), 1) * scale
     x = abar.new_zeros(B, *abar.shape) if state is None else in_float64(state, w)  # (B, H, N)
     states = [x]
-    for u_t in u.double().unbind(-1):
+    u = u.double()
+    for u_t in (torch.cat([u, u.flip(-1)], 1) if bidirectional else u).unbind(-1):
         x = abar * x + bbar * u_t[..., None]
         states.append(x)
     y = torch.einsum("chn,tbhn->bcht", in_float64(c, w), torch.stack(states)[1:])
-    return (2 * y.real if pairs else y).to(u.dtype), (torch.view_as_real(x) if pairs else x).to(u.dtype, copy=True)
+    y = 2 * y.real if pairs else y
+    if bidirectional:
+        forward, reverse = y.chunk(2, 2)
+        y = forward + reverse.flip(-1)
+    if skip is not None:
+        y = y + skip.double()[..., None] * u[:, None]
+    return y.to(w.dtype), (torch.view_as_real(x) if pairs else x).to(w.dtype, copy=True)
 
 
 def diagonal_step(
