@@ -1,4 +1,4 @@
-"""long_conv against torch.fft over the whole tensor, causal and two-sided."""
+"""long_conv against torch.fft over the whole tensor: causal and two-sided, u contiguous and transposed (B, L, H)."""
 
 import math
 
@@ -20,19 +20,27 @@ def whole_tensor_fft(u: Tensor, k: Tensor, skip: Tensor, k_reverse: Tensor | Non
 
 
 def flops(B: int, H: int, L: int) -> tuple[float, float]:
-    """Forward and backward, C = 1, transforms of 2 L."""
-    transform, product = 2.5 * 2 * L * math.log2(2 * L), 6 * L
-    return H * ((2 * B + 1) * transform + B * product), H * ((3 * B + 2) * transform + 2 * B * product)
+    """Forward and backward, C = 1, transforms of n = 2 L."""
+    n = 2 * L
+    transform = 2.5 * n * math.log2(n)
+    return H * ((2 * B + 1) * transform + 7 * n * B), H * ((3 * B + 2) * transform + 15 * n * B)
+
+
+def arguments(B: int, H: int, L: int, *, two_sided: bool = False, transposed: bool = False) -> list[Tensor]:
+    u = torch.randn(B, L, H).mT if transposed else torch.randn(B, H, L)
+    kernels = [torch.randn(1, H, L), torch.randn(1, H)]
+    return [u, *kernels, torch.randn(1, H, L)] if two_sided else [u, *kernels]
+
+
+VARIANTS = {"causal": {}, "causal, (B, L, H)": {"transposed": True}, "two-sided": {"two_sided": True}}
 
 
 def main() -> None:
     benchmark = Benchmark(__doc__)
-    for B, H, L in [(2, 16, 128)] if benchmark.quick else [(8, 512, 4096), (3, 1024, 3072)]:
-        for direction in ("causal", "two-sided"):
-            case = f"{direction}, B {B} H {H} L {L}"
-            inputs = [torch.randn(B, H, L), torch.randn(1, H, L), torch.randn(1, H)]
-            if direction == "two-sided":
-                inputs.append(torch.randn(1, H, L))
+    for B, H, L in [(2, 16, 128)] if benchmark.quick else [(8, 512, 4096), (3, 1024, 3072), (2, 512, 16384)]:
+        for name, options in VARIANTS.items():
+            case = f"{name}, B {B} H {H} L {L}"
+            inputs = arguments(B, H, L, **options)
             benchmark.compare(case, long_conv, "torch.fft", whole_tensor_fft, inputs, flops(B, H, L), tolerance=1e-5)
             benchmark.compare_threads(case, long_conv, inputs)
 

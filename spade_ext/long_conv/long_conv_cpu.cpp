@@ -2,13 +2,13 @@
 // spectrum is in memory.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <spade_ext/core/parallel.h>
 #include <spade_ext/long_conv/long_conv_plan.h>
 #include <spade_ext/long_conv/long_conv_shapes.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 namespace spade_ext::long_conv_cpu {
@@ -82,17 +82,13 @@ class Convolution {
 
   void forward(const at::Tensor& y) const {
     parallel_for_each(lines_ * blocks_, [&](int64_t i) {
-      const auto groups = groups_of(i / blocks_);
-      const auto rows = empty_rows(groups, C_);
-      const auto spectra = this->spectra(groups, rows);
+      const Line line = this->line(i / blocks_);
+      const auto rows = empty_rows(line, C_);
+      const auto spectra = this->spectra(line, rows);
       for_each_row(i % blocks_, [&](int64_t b) {
-        for (const auto& g : groups) load(input_view<T>(u_, b, 0, g.h), g, at(rows, g.index, C_ - 1));
-        for (const auto& g : groups) ops_.convolve(*plan_, at(spectra, g.index), C_, at(rows, g.index));
-        for (const auto& g : groups) {
-          for (int64_t c = 0; c < C_; ++c) {
-            ops_.store(at(rows, g.index, c), g.channels, n_.signal, signal_view<T>(y, b, c, g.h));
-          }
-        }
+        load_signal(input_view<T>(u_, b, 0, line.h), line, rows, C_ - 1);
+        for (int64_t g = 0; g < line.groups; ++g) ops_.convolve(*plan_, at(spectra, g), C_, at(rows, g));
+        for (int64_t c = 0; c < C_; ++c) store(rows, c, line, n_.signal, signal_view<T>(y, b, c, line.h));
       });
     });
   }
@@ -102,30 +98,27 @@ class Convolution {
     const bool kernels = grads.k.defined() || grads.skip.defined() || grads.k_reverse.defined();
     std::vector<at::Tensor> sums(lines_ * blocks_);  // of a task's rows; a line's are added in order
     parallel_for_each(lines_ * blocks_, [&](int64_t i) {
-      const auto groups = groups_of(i / blocks_);
-      sums[i] = backward_rows(groups, i % blocks_, grad_y, grad_u, kernels);
-      if (blocks_ == 1 && kernels) kernel_gradients(groups, std::exchange(sums[i], at::Tensor()), grads);
+      const Line line = this->line(i / blocks_);
+      sums[i] = backward_rows(line, i % blocks_, grad_y, grad_u, kernels);
+      if (blocks_ == 1 && kernels) kernel_gradients(line, std::exchange(sums[i], at::Tensor()), grads);
     });
     if (blocks_ == 1 || !kernels) return;
-    parallel_for_each(lines_, [&](int64_t line) {
-      const auto sum = sums[line * blocks_];
-      for (int64_t block = 1; block < blocks_; ++block) sum.add_(sums[line * blocks_ + block]);
-      kernel_gradients(groups_of(line), sum, grads);
+    parallel_for_each(lines_, [&](int64_t i) {
+      const auto sum = sums[i * blocks_];
+      for (int64_t block = 1; block < blocks_; ++block) sum.add_(sums[i * blocks_ + block]);
+      kernel_gradients(line(i), sum, grads);
     });
   }
 
  private:
-  // A vector of channels, [h, h + channels).
-  struct Group {
-    int64_t index, h, channels;
+  // The channels [h, h + channels), in `groups` vectors.
+  struct Line {
+    int64_t h, channels, groups;
   };
 
-  std::vector<Group> groups_of(int64_t line) const {
-    std::vector<Group> groups;
-    for (int64_t h = line * line_; h < std::min((line + 1) * line_, H_); h += lanes_) {
-      groups.push_back({static_cast<int64_t>(groups.size()), h, std::min(lanes_, H_ - h)});
-    }
-    return groups;
+  Line line(int64_t i) const {
+    const int64_t h = i * line_, channels = std::min(line_, H_ - h);
+    return {h, channels, (channels + lanes_ - 1) / lanes_};
   }
 
   template <class Body>
@@ -134,100 +127,96 @@ class Convolution {
     for (int64_t b = block * size; b < std::min((block + 1) * size, B_); ++b) body(b);
   }
 
-  at::Tensor empty_rows(const std::vector<Group>& groups, int64_t count) const {
-    return at::empty({static_cast<int64_t>(groups.size()), count, n_.transform * lanes_},
-                     kernels_.k.options());
+  at::Tensor empty_rows(const Line& line, int64_t count) const {
+    return at::empty({line.groups, count, n_.transform * lanes_}, u_.options());
   }
 
-  at::Tensor empty_spectra(const std::vector<Group>& groups) const {
-    return at::empty({static_cast<int64_t>(groups.size()), C_, (*plan_).pairs * 6 * lanes_},
-                     kernels_.k.options());
+  at::Tensor empty_spectra(const Line& line) const {
+    return at::empty({line.groups, C_, (*plan_).pairs * 6 * lanes_}, u_.options());
   }
 
   static T* at(const at::Tensor& scratch, int64_t group, int64_t c = 0) {
     return scratch.data_ptr<T>() + group * scratch.stride(0) + c * scratch.stride(1);
   }
 
-  void load(SignalView<const T> signal, const Group& group, T* rows) const {
-    const auto& plan = *plan_;
-    ops_.load(signal, group.channels, n_.signal, plan.short_signals ? plan.points : n_.transform, rows);
+  void load_signal(SignalView<const T> signal, const Line& line, const at::Tensor& rows, int64_t c) const {
+    const int64_t padded = (*plan_).short_signals ? (*plan_).points : n_.transform;
+    ops_.load(signal, line.channels, n_.signal, padded, at(rows, 0, c), rows.stride(0));
   }
 
-  // Entry of lag l >= 0 at l, of lag l < 0 at n + l. The skip is one more weight of lag 0.
-  void load_kernel(const Group& group, int64_t c, T* rows) const {
-    const auto& plan = *plan_;
-    T* reverse = rows + (n_.transform - n_.reverse) * lanes_;
-    ops_.load(input_view<T>(kernels_.k.unsqueeze(0), 0, c, group.h), group.channels, n_.forward,
-              plan.short_kernels ? plan.points : n_.transform - n_.reverse, rows);
+  void store(const at::Tensor& rows, int64_t c, const Line& line, int64_t tokens,
+             SignalView<T> signal) const {
+    ops_.store(at(rows, 0, c), rows.stride(0), line.channels, tokens, signal);
+  }
+
+  // Into rows[:, 0], the weight of lag l >= 0 at l, of lag l < 0 at n + l. The skip is one more weight of lag
+  // 0.
+  void load_kernel(const Line& line, int64_t c, const at::Tensor& rows) const {
+    const int64_t causal = n_.transform - n_.reverse;
+    ops_.load(input_view<T>(kernels_.k.unsqueeze(0), 0, c, line.h), line.channels, n_.forward,
+              (*plan_).short_kernels ? (*plan_).points : causal, at(rows, 0), rows.stride(0));
     if (kernels_.k_reverse.defined()) {
-      ops_.load(input_view<T>(kernels_.k_reverse.unsqueeze(0), 0, c, group.h), group.channels, n_.reverse,
-                n_.reverse, reverse);
-      reverse_rows(reverse, n_.reverse, lanes_);
+      ops_.load(input_view<T>(kernels_.k_reverse.unsqueeze(0), 0, c, line.h), line.channels, n_.reverse,
+                n_.reverse, at(rows, 0) + causal * lanes_, rows.stride(0));
+      reverse_lags(line, rows);
     }
     if (!kernels_.skip.defined()) return;
-    const auto skip = kernels_.skip.select(0, c);
-    for (int64_t i = 0; i < group.channels; ++i) {
-      rows[i] += skip.template const_data_ptr<T>()[(group.h + i) * skip.stride(0)];
+    const at::Tensor skip = kernels_.skip.select(0, c);
+    for (int64_t i = 0; i < line.channels; ++i) {
+      at(rows, i / lanes_)[i % lanes_] += skip.const_data_ptr<T>()[(line.h + i) * skip.stride(0)];
     }
   }
 
-  at::Tensor spectra(const std::vector<Group>& groups, const at::Tensor& rows) const {
-    const auto spectra = empty_spectra(groups);
-    for (const auto& g : groups) {
-      for (int64_t c = 0; c < C_; ++c) {
-        load_kernel(g, c, at(rows, g.index));
-        ops_.spectrum(*plan_, at(rows, g.index), at(spectra, g.index, c));
-      }
+  void reverse_lags(const Line& line, const at::Tensor& rows) const {
+    for (int64_t g = 0; g < line.groups; ++g) {
+      reverse_rows(at(rows, g) + (n_.transform - n_.reverse) * lanes_, n_.reverse, lanes_);
+    }
+  }
+
+  at::Tensor spectra(const Line& line, const at::Tensor& rows) const {
+    const auto spectra = empty_spectra(line);
+    for (int64_t c = 0; c < C_; ++c) {
+      load_kernel(line, c, rows);
+      for (int64_t g = 0; g < line.groups; ++g) ops_.spectrum(*plan_, at(rows, g), at(spectra, g, c));
     }
     return spectra;
   }
 
   // Writes the gradient of u in one block of the batch; returns that of the spectra summed over it.
-  at::Tensor backward_rows(const std::vector<Group>& groups, int64_t block, const at::Tensor& grad_y,
+  at::Tensor backward_rows(const Line& line, int64_t block, const at::Tensor& grad_y,
                            const at::Tensor& grad_u, bool kernels) const {
-    const auto rows = empty_rows(groups, 1 + C_);
-    const auto spectra = grad_u.defined() ? this->spectra(groups, rows) : at::Tensor();
-    const auto sums = kernels ? empty_spectra(groups).zero_() : at::Tensor();
-    auto at_group = [](const at::Tensor& t, const Group& g) {
-      return t.defined() ? at(t, g.index) : nullptr;
-    };
+    const auto rows = empty_rows(line, 1 + C_);
+    const auto spectra = grad_u.defined() ? this->spectra(line, rows) : at::Tensor();
+    const auto sums = kernels ? empty_spectra(line).zero_() : at::Tensor();
+    auto at_group = [](const at::Tensor& t, int64_t g) { return t.defined() ? at(t, g) : nullptr; };
     for_each_row(block, [&](int64_t b) {
-      for (const auto& g : groups) {
-        if (kernels) load(input_view<T>(u_, b, 0, g.h), g, at(rows, g.index));
-      }
+      if (kernels) load_signal(input_view<T>(u_, b, 0, line.h), line, rows, 0);
       for (int64_t c = 0; c < C_; ++c) {
-        for (const auto& g : groups) load(input_view<T>(grad_y, b, c, g.h), g, at(rows, g.index, 1 + c));
+        load_signal(input_view<T>(grad_y, b, c, line.h), line, rows, 1 + c);
       }
-      for (const auto& g : groups) {
-        ops_.backward(*plan_, at_group(spectra, g), C_, at(rows, g.index), at_group(sums, g));
+      for (int64_t g = 0; g < line.groups; ++g) {
+        ops_.backward(*plan_, at_group(spectra, g), C_, at(rows, g), at_group(sums, g));
       }
-      for (const auto& g : groups) {
-        if (!grad_u.defined()) continue;
-        ops_.store(at(rows, g.index), g.channels, n_.signal, signal_view<T>(grad_u, b, 0, g.h));
-      }
+      if (grad_u.defined()) store(rows, 0, line, n_.signal, signal_view<T>(grad_u, b, 0, line.h));
     });
     return sums;
   }
 
-  void kernel_gradients(const std::vector<Group>& groups, const at::Tensor& sums,
-                        const Kernels& grads) const {
-    const at::Tensor scratch = at::empty({n_.transform * lanes_}, sums.options());
-    T* rows = scratch.data_ptr<T>();  // by lag, as load_kernel
-    T* reverse = rows + (n_.transform - n_.reverse) * lanes_;
-    for (const auto& g : groups) {
-      for (int64_t c = 0; c < C_; ++c) {
-        ops_.correlate(*plan_, at(sums, g.index, c), rows);
-        if (grads.k.defined()) {
-          ops_.store(rows, g.channels, n_.forward, signal_view<T>(grads.k.unsqueeze(0), 0, c, g.h));
-        }
-        if (grads.skip.defined()) {
-          std::copy_n(rows, g.channels, grads.skip.data_ptr<T>() + c * H_ + g.h);
-        }
-        if (grads.k_reverse.defined()) {
-          reverse_rows(reverse, n_.reverse, lanes_);
-          ops_.store(reverse, g.channels, n_.reverse,
-                     signal_view<T>(grads.k_reverse.unsqueeze(0), 0, c, g.h));
-        }
+  void kernel_gradients(const Line& line, const at::Tensor& sums, const Kernels& grads) const {
+    const auto rows = empty_rows(line, 1);  // as load_kernel's
+    for (int64_t c = 0; c < C_; ++c) {
+      for (int64_t g = 0; g < line.groups; ++g) ops_.correlate(*plan_, at(sums, g, c), at(rows, g));
+      if (grads.k.defined()) {
+        store(rows, 0, line, n_.forward, signal_view<T>(grads.k.unsqueeze(0), 0, c, line.h));
+      }
+      if (grads.skip.defined()) {
+        T* skip = grads.skip.data_ptr<T>() + c * H_ + line.h;
+        for (int64_t i = 0; i < line.channels; ++i) skip[i] = at(rows, i / lanes_)[i % lanes_];
+      }
+      if (grads.k_reverse.defined()) {
+        reverse_lags(line, rows);
+        ops_.store(at(rows, 0) + (n_.transform - n_.reverse) * lanes_, rows.stride(0), line.channels,
+                   n_.reverse, signal_view<T>(grads.k_reverse.unsqueeze(0), 0, c, line.h));
       }
     }
   }

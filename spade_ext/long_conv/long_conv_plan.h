@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <numbers>
 #include <vector>
 
 namespace spade_ext {
@@ -30,7 +31,7 @@ inline at::Tensor roots_of_unity(int64_t size) {
   const auto roots = at::empty({size}, at::kComplexDouble);
   auto* root = roots.data_ptr<c10::complex<double>>();
   const int64_t step = static_cast<int64_t>(std::ceil(std::sqrt(size)));
-  auto exact = [&](int64_t f) { return c10::polar(1.0, -2 * M_PI * f / size); };
+  auto exact = [&](int64_t f) { return c10::polar(1.0, -2 * std::numbers::pi * f / size); };
   for (int64_t f = 0; f < step; ++f) root[f] = exact(f);
   for (int64_t coarse = step; coarse < size; coarse += step) {
     const auto turn = exact(coarse);

@@ -40,9 +40,11 @@ struct TransformPlan {
 template <class T>
 struct LongConvTransform {
   int64_t lanes;
-  // Copies `channels` <= lanes channels into rows; zeros in the other lanes and from `tokens` to `padded`.
-  void (*load)(SignalView<const T> signal, int64_t channels, int64_t tokens, int64_t padded, T* rows);
-  void (*store)(const T* rows, int64_t channels, int64_t tokens, SignalView<T> signal);
+  // Copies channels into the lanes of one or more rows (padded, lanes), `stride` elements apart; zeros in
+  // lanes without a channel and from `tokens` to `padded`.
+  void (*load)(SignalView<const T> signal, int64_t channels, int64_t tokens, int64_t padded, T* rows,
+               int64_t stride);
+  void (*store)(const T* rows, int64_t stride, int64_t channels, int64_t tokens, SignalView<T> signal);
   // frequencies (pairs): each pair's first one, in the order of spectra
   void (*pair_frequencies)(const TransformPlan<T>& plan, int64_t* frequencies);
   // kernel (n, lanes) by lag, overwritten

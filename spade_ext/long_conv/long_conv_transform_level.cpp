@@ -505,45 +505,90 @@ void correlate(const TransformPlan<T>& plan, const T* correlation, T* kernel) {
         Correlation<T>{correlation, plan.pair_twiddles, kernel, T(0.5) / plan.points});
 }
 
+constexpr int64_t kPrefetch =
+    16;  // tokens ahead: a row of (B, L, H) is a page or a part of one away from the next
+
+// Channels of one vector, where each has its tokens together or the strides are any.
 template <class T>
-void load(SignalView<const T> signal, int64_t channels, int64_t tokens, int64_t padded, T* rows) {
+void load_vector(SignalView<const T> signal, int64_t channels, int64_t tokens, T* rows) {
   constexpr int lanes = Vectorized<T>::size();
   const auto [data, token_stride, channel_stride] = signal;
   int64_t t = 0;
-  if (channel_stride == 1) {
-    for (; t < tokens; ++t) {
-      Vectorized<T>::loadu(data + t * token_stride, channels).store(rows + t * lanes);
-    }
-  } else if (token_stride == 1 && channels == lanes) {
+  if (token_stride == 1 && channels == lanes) {
     for (; t + lanes <= tokens; t += lanes) {
       at::vec::transpose_mxn<T, lanes, lanes>(data + t, channel_stride, rows + t * lanes, lanes);
     }
   }
-  for (; t < padded; ++t) {
+  for (; t < tokens; ++t) {
     for (int64_t h = 0; h < lanes; ++h) {
-      rows[t * lanes + h] = t < tokens && h < channels ? data[t * token_stride + h * channel_stride] : T(0);
+      rows[t * lanes + h] = h < channels ? data[t * token_stride + h * channel_stride] : T(0);
     }
   }
 }
 
 template <class T>
-void store(const T* rows, int64_t channels, int64_t tokens, SignalView<T> signal) {
+void store_vector(const T* rows, int64_t channels, int64_t tokens, SignalView<T> signal) {
   constexpr int lanes = Vectorized<T>::size();
   const auto [data, token_stride, channel_stride] = signal;
   int64_t t = 0;
-  if (channel_stride == 1) {
-    for (; t < tokens; ++t) {
-      Vectorized<T>::loadu(rows + t * lanes).store(data + t * token_stride, static_cast<int>(channels));
-    }
-  } else if (token_stride == 1 && channels == lanes) {
+  if (token_stride == 1 && channels == lanes) {
     for (; t + lanes <= tokens; t += lanes) {
       at::vec::transpose_mxn<T, lanes, lanes>(rows + t * lanes, lanes, data + t, channel_stride);
     }
   }
   for (; t < tokens; ++t) {
-    for (int64_t h = 0; h < channels; ++h) {
-      data[t * token_stride + h * channel_stride] = rows[t * lanes + h];
+    for (int64_t h = 0; h < channels; ++h) data[t * token_stride + h * channel_stride] = rows[t * lanes + h];
+  }
+}
+
+template <class T>
+int64_t lanes_from(int64_t h, int64_t channels) {
+  constexpr int64_t lanes = Vectorized<T>::size();
+  return channels - h < lanes ? channels - h : lanes;
+}
+
+template <class T>
+void load(SignalView<const T> signal, int64_t channels, int64_t tokens, int64_t padded, T* rows,
+          int64_t stride) {
+  constexpr int64_t lanes = Vectorized<T>::size();
+  const auto [data, token_stride, channel_stride] = signal;
+  if (channel_stride == 1) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const T* token = data + t * token_stride;
+      __builtin_prefetch(token + kPrefetch * token_stride);
+      T* row = rows + t * lanes;
+      for (int64_t h = 0; h < channels; h += lanes, row += stride) {
+        Vectorized<T>::loadu(token + h, lanes_from<T>(h, channels)).store(row);
+      }
     }
+  }
+  for (int64_t h = 0; h < channels; h += lanes, rows += stride) {
+    if (channel_stride != 1) {
+      const SignalView<const T> vector{data + h * channel_stride, token_stride, channel_stride};
+      load_vector(vector, lanes_from<T>(h, channels), tokens, rows);
+    }
+    for (int64_t t = tokens; t < padded; ++t) Vectorized<T>(0).store(rows + t * lanes);
+  }
+}
+
+template <class T>
+void store(const T* rows, int64_t stride, int64_t channels, int64_t tokens, SignalView<T> signal) {
+  constexpr int64_t lanes = Vectorized<T>::size();
+  const auto [data, token_stride, channel_stride] = signal;
+  if (channel_stride == 1) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      T* token = data + t * token_stride;
+      __builtin_prefetch(token + kPrefetch * token_stride, 1);
+      const T* row = rows + t * lanes;
+      for (int64_t h = 0; h < channels; h += lanes, row += stride) {
+        Vectorized<T>::loadu(row).store(token + h, static_cast<int>(lanes_from<T>(h, channels)));
+      }
+    }
+    return;
+  }
+  for (int64_t h = 0; h < channels; h += lanes, rows += stride) {
+    const SignalView<T> vector{data + h * channel_stride, token_stride, channel_stride};
+    store_vector(rows, lanes_from<T>(h, channels), tokens, vector);
   }
 }
 
