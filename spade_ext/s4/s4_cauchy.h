@@ -16,13 +16,14 @@ constexpr int64_t kNodes = 48, kPlane = 2 * kNodes;
 // sinh^2, 2 sinh cosh, cosh^2.
 enum NodePlane { kSinh, kCosh, kSinhSinh, kSinhCosh, kCoshCosh, kNodePlanes };
 
-// Pointers to planes, except of rho and alpha. Outputs of the system are the C rows of c, then the R of p^*,
-// inputs the M rows of b, then the R of p; a pair of them is u = output * (M + R) + input, of
-// K = (C + R) (M + R).
+// Pointers to planes, except of rho, alpha and nu_mu. Outputs of the system are the C rows of c, then the R
+// of p^*, inputs the M rows of b, then the R of p; a pair of them is u = output * (M + R) + input, of K = (C
+// + R) (M + R).
 struct CauchyBlock {
   int64_t N, R, M, C, K;
   double delta;               // dt/2
   const double *rho, *alpha;  // (N): |dt/2 w|^2, -Re(dt/2 w)
+  const double* nu_mu;        // (2 K, N): the weights of 1 / D, all nu before all mu
   const double* nodes;        // (kNodePlanes)
   double* reciprocals;        // (N): conj(1 / D)
   double* sums;               // (2 K): sum_n nu conj(1 / D), sum_n mu conj(1 / D); then (K): S
@@ -30,7 +31,6 @@ struct CauchyBlock {
   double *values, *xi, *eta;  // (C, M): k_hat; (R, M): p^* resolvent b; (C, R): c . resolvent . p
   double* by_values;          // (C, M): what the values multiply
   double* factors;            // (2 K): what sum_n nu / D and sum_n mu / D multiply
-  double* by_reciprocals;     // (N): what 1 / D multiplies
 };
 
 // Sums over nodes of derivatives, d = Re sum.
@@ -46,7 +46,7 @@ struct S4Cauchy {
   void (*solve)(const CauchyBlock&);
   // from by_values: factors
   void (*differentiate_solve)(const CauchyBlock&, CauchyGradient&);
-  // from factors and by_reciprocals
+  // from factors
   void (*differentiate_sums)(const CauchyBlock&, CauchyGradient&);
 };
 

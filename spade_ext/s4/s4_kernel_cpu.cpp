@@ -48,8 +48,7 @@ struct Problem {
 struct Channel {
   double delta;                           // dt/2
   Vector inputs, outputs, a;              // (M + R, N), (C + R, N), (N): dt/2 w
-  std::vector<double> rho, alpha;         // (N)
-  std::vector<double> nu_mu, transposed;  // (2 K, N), (N, 2 K)
+  std::vector<double> rho, alpha, nu_mu;  // (N), (N), (2 K, N)
 
   Channel(const Problem& x, int64_t h) : delta(0.5 * std::exp(x.log_dt.data[h]) * x.rate) {
     const int64_t N = x.N, s = h % x.S;
@@ -65,12 +64,12 @@ struct Channel {
       alpha.push_back(-a[n].real());
     }
     const int64_t K = (x.C + x.R) * (x.M + x.R);
-    nu_mu.resize(2 * K * N), transposed.resize(2 * K * N);
+    nu_mu.resize(2 * K * N);
     for (int64_t u = 0; u < K; ++u) {
       for (int64_t n = 0; n < N; ++n) {
         const complex v = outputs[u / (x.M + x.R) * N + n] * inputs[u % (x.M + x.R) * N + n];
-        nu_mu[u * N + n] = transposed[n * 2 * K + u] = -2 * (v * std::conj(a[n])).real();
-        nu_mu[(K + u) * N + n] = transposed[n * 2 * K + K + u] = 2 * v.real();
+        nu_mu[u * N + n] = -2 * (v * std::conj(a[n])).real();
+        nu_mu[(K + u) * N + n] = 2 * v.real();
       }
     }
   }
@@ -83,10 +82,9 @@ class Resolvent {
     block_.N = x.N, block_.R = x.R, block_.M = x.M, block_.C = x.C;
     const int64_t K = block_.K = (x.C + x.R) * (x.M + x.R);
     const std::pair<double**, int64_t> planes[] = {
-        {&block_.reciprocals, x.N},    {&block_.by_reciprocals, x.N}, {&block_.sums, 2 * K},
-        {&block_.factors, 2 * K},      {&block_.matrix, x.R * x.R},   {&block_.inverse, x.R * x.R},
-        {&block_.xi, x.R * x.M},       {&block_.eta, x.C * x.R},      {&block_.values, x.C * x.M},
-        {&block_.by_values, x.C * x.M}};
+        {&block_.reciprocals, x.N},  {&block_.sums, 2 * K},        {&block_.factors, 2 * K},
+        {&block_.matrix, x.R * x.R}, {&block_.inverse, x.R * x.R}, {&block_.xi, x.R * x.M},
+        {&block_.eta, x.C * x.R},    {&block_.values, x.C * x.M},  {&block_.by_values, x.C * x.M}};
     int64_t total = 0;
     for (const auto& [pointer, count] : planes) total += count * kPlane;
     memory_ = at::empty({total}, at::kDouble);
@@ -95,18 +93,19 @@ class Resolvent {
   }
 
   void set(const Channel& channel) {
-    channel_ = &channel;
-    block_.delta = channel.delta, block_.rho = channel.rho.data(), block_.alpha = channel.alpha.data();
+    block_.delta = channel.delta, block_.nu_mu = channel.nu_mu.data();
+    block_.rho = channel.rho.data(), block_.alpha = channel.alpha.data();
   }
   void evaluate(const double* nodes) {
     block_.nodes = nodes;
     s4_cauchy().reciprocals(block_);
-    product(channel_->nu_mu.data(), 2 * block_.K, block_.N, block_.reciprocals, block_.sums);
+    std::fill_n(block_.sums, 2 * block_.K * kPlane, 0.0);
+    row_products<double>().multiply_add({block_.nu_mu, block_.N}, {block_.reciprocals, kPlane},
+                                        {block_.sums, kPlane}, 2 * block_.K, block_.N, kPlane);
     s4_cauchy().solve(block_);
   }
   void differentiate(CauchyGradient& gradient) const {
     s4_cauchy().differentiate_solve(block_, gradient);
-    product(channel_->transposed.data(), block_.N, 2 * block_.K, block_.factors, block_.by_reciprocals);
     s4_cauchy().differentiate_sums(block_, gradient);
   }
 
@@ -115,14 +114,7 @@ class Resolvent {
   double* by_values(int64_t row) const { return block_.by_values + row * kPlane; }
 
  private:
-  // out <- a (rows, n) . planes (n)
-  static void product(const double* a, int64_t rows, int64_t n, const double* planes, double* out) {
-    std::fill_n(out, rows * kPlane, 0.0);
-    row_products<double>().multiply_add({a, n}, {planes, kPlane}, {out, kPlane}, rows, n, kPlane);
-  }
-
   CauchyBlock block_{};
-  const Channel* channel_ = nullptr;
   at::Tensor memory_;
 };
 
