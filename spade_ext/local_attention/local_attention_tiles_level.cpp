@@ -121,8 +121,9 @@ void store_vector(Vectorized<T> values, scalar_t* y, int64_t n) {
     at::vec::convert_from_float<scalar_t>(values, values).store(y, count);
 }
 
-// Rows of one head lie far apart, which the CPU's own prefetching does not see through.
-constexpr int64_t kRowsAhead = 16;
+// Rows of one head lie far apart, which the CPU's own prefetching does not see through: fetch the next
+// tile's.
+constexpr int64_t kRowsAhead = 64;
 
 template <class scalar_t, class T = at::opmath_type<scalar_t>>
 void load(const scalar_t* x, int64_t stride, const T* factor, int64_t rows, int64_t width, T* panels) {
@@ -130,7 +131,7 @@ void load(const scalar_t* x, int64_t stride, const T* factor, int64_t rows, int6
     const T weight = factor ? factor[r] : T(1);
     const scalar_t* ahead = x + (r + kRowsAhead) * stride;
     for (int64_t d = 0; d < width; d += kLanes<T>) {
-      __builtin_prefetch(ahead + d);
+      __builtin_prefetch(ahead + d, 0, 2);
       T* y = panels + (d / kPanel<T> * rows + r) * kPanel<T> + d % kPanel<T>;
       if (weight == 0)
         Vectorized<T>(T(0)).store(y);
@@ -147,6 +148,7 @@ void store(const T* panels, int64_t panel_rows, const T* factor, int64_t rows, i
     const Vectorized<T> weight(factor ? factor[r] : T(1));
     for (int64_t d = 0; d < width; d += kLanes<T>) {
       const T* x = panels + (d / kPanel<T> * panel_rows + r) * kPanel<T> + d % kPanel<T>;
+      __builtin_prefetch(y + (r + kRowsAhead) * stride + d, 1, 2);
       store_vector(Vectorized<T>::loadu(x) * weight, y + r * stride + d, width - d);
     }
   }
@@ -235,7 +237,7 @@ void softmax(T* scores, int64_t n, const T* table, const T* key_factor, T* lse, 
   const Vec zero(T(0)), infinity(kInfinity<T>);
   Vec largest[count], sum[count];
   for (int v = 0; v < count; ++v) largest[v] = Vec(-kInfinity<T>), sum[v] = zero;
-  for_each_score<count>(scores, n, table, key_factor, [&](int v, int64_t offset, Vec score) {
+  for_each_score<count>(scores, n, table, key_factor, [&](int v, int64_t offset, const Vec& score) {
     largest[v] = at::vec::maximum(largest[v], score);
     score.store(scores + offset);
   });
@@ -281,7 +283,7 @@ C10_ALWAYS_INLINE Weight<T> laplace(Vectorized<T> score) {
 template <int count, class T, class Function>
 void elementwise(T* scores, int64_t n, const T* table, const T* key_factor, T* lse, T* factor,
                  const Function& function) {
-  for_each_score<count>(scores, n, table, key_factor, [&](int, int64_t offset, Vectorized<T> score) {
+  for_each_score<count>(scores, n, table, key_factor, [&](int, int64_t offset, const Vectorized<T>& score) {
     function(score).value.store(scores + offset);
   });
   for (int64_t l = 0; l < count * kLanes<T>; ++l) lse[l] = 0, factor[l] = 1;
@@ -294,10 +296,10 @@ void weights(Activation activation, T* scores, int64_t n, const T* table, const 
     softmax<count>(scores, n, table, key_factor, lse, factor);
   else if (activation == Activation::relu2)
     elementwise<count>(scores, n, table, key_factor, lse, factor,
-                       [](Vectorized<T> score) { return relu2(score); });
+                       [](const Vectorized<T>& score) { return relu2(score); });
   else
     elementwise<count>(scores, n, table, key_factor, lse, factor,
-                       [](Vectorized<T> score) { return laplace(score); });
+                       [](const Vectorized<T>& score) { return laplace(score); });
 }
 
 template <class T>
@@ -312,19 +314,19 @@ void gradients(Activation activation, T* scores, T* grad, int64_t n, const T* ta
                const T* lse, const T* delta) {
   using Vec = Vectorized<T>;
   auto elementwise = [&](const auto& function) {
-    for_each_score<count>(scores, n, table, key_factor, [&](int, int64_t offset, Vec score) {
+    for_each_score<count>(scores, n, table, key_factor, [&](int, int64_t offset, const Vec& score) {
       const Weight<T> weight = function(score);
       weight.value.store(scores + offset);
       (Vec::loadu(grad + offset) * weight.slope).store(grad + offset);
     });
   };
-  if (activation == Activation::relu2) return elementwise([](Vec score) { return relu2(score); });
-  if (activation == Activation::laplace) return elementwise([](Vec score) { return laplace(score); });
+  if (activation == Activation::relu2) return elementwise([](const Vec& score) { return relu2(score); });
+  if (activation == Activation::laplace) return elementwise([](const Vec& score) { return laplace(score); });
   Vec lse_of[count], delta_of[count];
   for (int v = 0; v < count; ++v) {
     lse_of[v] = Vec::loadu(lse + v * kLanes<T>), delta_of[v] = Vec::loadu(delta + v * kLanes<T>);
   }
-  for_each_score<count>(scores, n, table, key_factor, [&](int v, int64_t offset, Vec score) {
+  for_each_score<count>(scores, n, table, key_factor, [&](int v, int64_t offset, const Vec& score) {
     const Vec weight = exponential(score - lse_of[v]);
     weight.store(scores + offset);
     (weight * (Vec::loadu(grad + offset) - delta_of[v])).store(grad + offset);
