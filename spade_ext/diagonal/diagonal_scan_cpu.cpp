@@ -611,15 +611,6 @@ ScanOutputs diagonal_scan(const at::Tensor& u, const at::Tensor& w, const at::Te
   return {y, states.to(u.scalar_type())};
 }
 
-at::Tensor diagonal_step(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
-                         const OptionalTensor& log_dt, const at::Tensor& state, OptionalString disc) {
-  diagonal_shapes::check_step(u, w, b, c, log_dt, state, disc);
-  const auto [y, next_state] =
-      diagonal_scan(u.unsqueeze(-1), w, b, c, log_dt, state, std::nullopt, disc, false);
-  state.copy_(next_state);
-  return y.squeeze(-1);
-}
-
 using ScanGrads =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -676,7 +667,6 @@ ScanGrads diagonal_scan_backward(const at::Tensor& grad_y, const at::Tensor& gra
 TORCH_LIBRARY_IMPL(spade_ext, CPU, m) {
   m.impl("diagonal_scan", diagonal_scan);
   m.impl("diagonal_scan_backward", diagonal_scan_backward);
-  m.impl("diagonal_step", diagonal_step);
 }
 
 }  // namespace spade_ext::diagonal_cpu

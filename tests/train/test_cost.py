@@ -104,6 +104,14 @@ def test_state_space_models_are_those_of_the_readmes(options, kernel, kernel_bac
     assert measured.backward["ssm"] == pytest.approx(layers * (H * N * kernel_backward + convolution))
 
 
+def test_a_scan_is_that_of_the_readme():
+    with torch.device("meta"):
+        measured = cost.step_cost(model(ssm_kind="ema"), inputs("meta"))
+    tokens, N = 2 * 2 * B * L * 24, 8  # of two layers in two directions
+    assert measured.forward["ssm"] == tokens * (4 * N + 18)
+    assert measured.backward["ssm"] == tokens * (12 * N + 38)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_model_without_memory_costs_what_a_real_one_does(dropout):
     with torch.device("meta"):
