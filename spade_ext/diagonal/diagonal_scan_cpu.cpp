@@ -544,7 +544,7 @@ at::Tensor working_state(c10::SymIntArrayRef sizes, const OptionalTensor& state)
 }
 
 // Calls body(channels, part, rows) for groups of neighbouring channels, whose tokens share cache lines, and
-// for parts of the batch, as many as keep some dozen threads busy.
+// for parts of the batch, as many as keep a dozen threads busy.
 struct Tasks {
   static constexpr int64_t kChannels = 32;
 
@@ -557,7 +557,7 @@ struct Tasks {
       : H(H_),
         B(B_),
         groups((H + kChannels - 1) / kChannels),
-        parts(std::clamp<int64_t>(64 / std::max<int64_t>(groups, 1), 1, std::max<int64_t>(B, 1))) {}
+        parts(std::clamp<int64_t>(16 / std::max<int64_t>(groups, 1), 1, std::max<int64_t>(B, 1))) {}
 
   template <class Body>
   void run(const Body& body) const {
