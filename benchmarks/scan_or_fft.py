@@ -1,6 +1,7 @@
 """Scan or convolution: diagonal_scan against diagonal_kernel and long_conv, for the limit on N at which modules change.
 
-B 4, H 256, (B, L, H) in memory, forward + backward. The modules' choice is `SCAN_LIMIT` in spade_ext/nn/state_space.py.
+B 4, H 256, (B, L, H) in memory, forward + backward; 2 N real numbers count for N complex ones. The modules' choice is
+`SCAN_LIMIT` in spade_ext/nn/state_space.py, of one direction here.
 """
 
 import torch

@@ -544,7 +544,7 @@ at::Tensor working_state(c10::SymIntArrayRef sizes, const OptionalTensor& state)
 }
 
 // Calls body(channels, part, rows) for groups of neighbouring channels, whose tokens share cache lines, and
-// for parts of the batch, as many as keep some dozen threads busy.
+// for parts of the batch, as many as keep a dozen threads busy.
 struct Tasks {
   static constexpr int64_t kChannels = 32;
 
@@ -557,7 +557,7 @@ struct Tasks {
       : H(H_),
         B(B_),
         groups((H + kChannels - 1) / kChannels),
-        parts(std::clamp<int64_t>(64 / std::max<int64_t>(groups, 1), 1, std::max<int64_t>(B, 1))) {}
+        parts(std::clamp<int64_t>(16 / std::max<int64_t>(groups, 1), 1, std::max<int64_t>(B, 1))) {}
 
   template <class Body>
   void run(const Body& body) const {
@@ -609,15 +609,6 @@ ScanOutputs diagonal_scan(const at::Tensor& u, const at::Tensor& w, const at::Te
     });
   });
   return {y, states.to(u.scalar_type())};
-}
-
-at::Tensor diagonal_step(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
-                         const OptionalTensor& log_dt, const at::Tensor& state, OptionalString disc) {
-  diagonal_shapes::check_step(u, w, b, c, log_dt, state, disc);
-  const auto [y, next_state] =
-      diagonal_scan(u.unsqueeze(-1), w, b, c, log_dt, state, std::nullopt, disc, false);
-  state.copy_(next_state);
-  return y.squeeze(-1);
 }
 
 using ScanGrads =
@@ -676,7 +667,6 @@ ScanGrads diagonal_scan_backward(const at::Tensor& grad_y, const at::Tensor& gra
 TORCH_LIBRARY_IMPL(spade_ext, CPU, m) {
   m.impl("diagonal_scan", diagonal_scan);
   m.impl("diagonal_scan_backward", diagonal_scan_backward);
-  m.impl("diagonal_step", diagonal_step);
 }
 
 }  // namespace spade_ext::diagonal_cpu

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+import spade_ext
 from spade_ext.cli import main
 from spade_ext.models import SpadeConfig, SpadeForSequenceClassification
 from spade_ext.nn import LocalAttention
@@ -102,6 +103,15 @@ def test_state_space_models_are_those_of_the_readmes(options, kernel, kernel_bac
     assert measured.forward["ssm"] == pytest.approx(layers * (H * N * kernel + convolution))
     convolution = H * ((2 * B + 2 + B) * transform + 6 * n * B)
     assert measured.backward["ssm"] == pytest.approx(layers * (H * N * kernel_backward + convolution))
+
+
+def test_a_scan_is_that_of_the_readme(monkeypatch):
+    monkeypatch.setattr(spade_ext.nn.state_space, "SCAN_LIMIT", 16)
+    with torch.device("meta"):
+        measured = cost.step_cost(model(ssm_kind="ema"), inputs("meta"))
+    tokens, N = 2 * 2 * B * L * 24, 8  # of two layers in two directions
+    assert measured.forward["ssm"] == tokens * (4 * N + 18)
+    assert measured.backward["ssm"] == tokens * (12 * N + 38)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

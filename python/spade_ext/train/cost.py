@@ -89,6 +89,22 @@ def diagonal_kernel_backward(grad_k: Shape, c: Shape, **rest: Any) -> int:
     return (8 if pair else 4) * C * H * N * grad_k[-1]
 
 
+def _diagonal_scan(u: Shape, c: Shape, **rest: Any) -> tuple[int, int, int]:
+    """Tokens of all systems, real numbers of a state, C."""
+    C, H, N, *pair = c
+    return u[0] * u[-1] * H, 2 * N if pair else N, C
+
+
+def diagonal_scan(**shapes: Any) -> int:
+    tokens, N, C = _diagonal_scan(**shapes)
+    return tokens * ((2 + 2 * C) * N + 18 * C)
+
+
+def diagonal_scan_backward(**shapes: Any) -> int:
+    tokens, N, C = _diagonal_scan(**shapes)
+    return tokens * ((8 + 4 * C) * N + 38 * C)
+
+
 def _s4_kernel(p: Shape, b: Shape, c: Shape, length: int, nodes: int, rate: float) -> tuple[float, int]:
     """H N times the nodes that are evaluated, half of n by symmetry; the number of Cauchy sums at each."""
     R, M, (C, H, N, _) = p[0], b[0], c
@@ -115,6 +131,8 @@ FORMULAS: dict[str, Callable[..., float]] = {
         long_conv_backward,
         diagonal_kernel,
         diagonal_kernel_backward,
+        diagonal_scan,
+        diagonal_scan_backward,
         s4_kernel,
         s4_kernel_backward,
     )

@@ -1,0 +1,58 @@
+"""State space layers: nn.EMA against a convolution by torch.fft, and pieces with a state against the whole sequence."""
+
+from collections.abc import Callable
+
+import torch
+from timing import Benchmark, forward_backward
+from torch import Tensor
+
+from spade_ext import nn
+
+
+def fft_convolution(u: Tensor, k: Tensor) -> Tensor:
+    n = 2 * u.size(-1)
+    return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(k, n), n)[..., : u.size(-1)]
+
+
+def gradients(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> Callable[[], object]:
+    inputs = [t.requires_grad_() for t in inputs]
+    return lambda: forward_backward(lambda *_: call(), inputs, grad)
+
+
+def in_pieces(layer: torch.nn.Module, x: Tensor, count: int) -> Tensor:
+    state, outputs = layer.initial_state(x.size(0)), []
+    for piece in x.chunk(count, 1):
+        y, state = layer(piece, state=state)
+        outputs.append(y)
+    return torch.cat(outputs, 1)
+
+
+def main() -> None:
+    benchmark = Benchmark(__doc__)
+    B, D, L = (2, 16, 128) if benchmark.quick else (8, 512, 4096)
+
+    u, k = torch.randn(B, D, L), torch.randn(D, L)
+    peer = gradients(lambda: fft_convolution(u, k), [u, k], torch.randn(B, D, L))
+    for bidirectional in (False, True):
+        layer, x = nn.EMA(D, 16, bidirectional=bidirectional), torch.randn(B // 2, L, D)
+        ours = gradients(lambda layer=layer, x=x: layer(x), [x, *layer.parameters()], torch.randn_like(x))
+        sides = "two-sided" if bidirectional else "causal"
+        case = f"EMA {sides}, B {B // 2} D {D} N 16 L {L}"
+        benchmark.row(case, "forward + backward", benchmark.medians(ours=ours, peer=peer), f"torch.fft, B {B}")
+
+    for name, layer in {
+        "EMA, N 16": nn.EMA(D, 16),
+        "S4, s4d, N 32": nn.S4(D, 64, kernel="s4d", n_ssm=1),
+        "S4, s4, N 32": nn.S4(D, 64, n_ssm=1),
+    }.items():
+        x = torch.randn(B, L, D)
+        inputs, grad = [x, *layer.parameters()], torch.randn_like(x)
+        seconds = benchmark.medians(
+            ours=gradients(lambda layer=layer, x=x: in_pieces(layer, x, 4), inputs, grad),
+            peer=gradients(lambda layer=layer, x=x: layer(x), inputs, grad),
+        )
+        benchmark.row(f"{name}, B {B} D {D} L {L}, 4 pieces", "forward + backward", seconds, "whole")
+
+
+if __name__ == "__main__":
+    main()
