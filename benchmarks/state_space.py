@@ -1,4 +1,4 @@
-"""State space layers: nn.EMA against a convolution by torch.fft, and pieces with a state against the whole sequence."""
+"""State space layers: nn.S4 and nn.EMA against a convolution by torch.fft alone, and pieces with a state against the whole sequence."""
 
 from collections.abc import Callable
 
@@ -33,12 +33,16 @@ def main() -> None:
 
     u, k = torch.randn(B, D, L), torch.randn(D, L)
     peer = gradients(lambda: fft_convolution(u, k), [u, k], torch.randn(B, D, L))
-    for bidirectional in (False, True):
-        layer, x = nn.EMA(D, 16, bidirectional=bidirectional), torch.randn(B // 2, L, D)
+    for name, layer, rows in (
+        ("S4, s4d, N 32", nn.S4(D, 64, kernel="s4d", n_ssm=1, l_max=L), B),
+        ("S4, s4, N 32", nn.S4(D, 64, n_ssm=1, l_max=L), B),
+        ("EMA causal, N 16", nn.EMA(D, 16), B // 2),
+        ("EMA two-sided, N 16", nn.EMA(D, 16, bidirectional=True), B // 2),
+    ):
+        x = torch.randn(rows, L, D)
         ours = gradients(lambda layer=layer, x=x: layer(x), [x, *layer.parameters()], torch.randn_like(x))
-        sides = "two-sided" if bidirectional else "causal"
-        case = f"EMA {sides}, B {B // 2} D {D} N 16 L {L}"
-        benchmark.row(case, "forward + backward", benchmark.medians(ours=ours, peer=peer), f"torch.fft, B {B}")
+        seconds = benchmark.medians(ours=ours, peer=peer)
+        benchmark.row(f"{name}, B {rows} D {D} L {L}", "forward + backward", seconds, f"torch.fft, B {B}")
 
     for name, layer in {
         "EMA, N 16": nn.EMA(D, 16),
