@@ -1,4 +1,5 @@
-"""State space layers: nn.S4 and nn.EMA against a convolution by torch.fft alone, and pieces with a state against the whole sequence."""
+"""State space layers: nn.S4 and nn.EMA against a convolution by torch.fft alone, and pieces with a state against the
+whole sequence."""
 
 from collections.abc import Callable
 
