@@ -31,7 +31,7 @@ def commands(*prefix: str) -> list[list[str]]:
 
 
 def test_every_command_is_of_a_kind_that_is_tested():
-    assert {command[0] for command in COMMANDS} == {"make", "pip", "python", "spade-ext"}
+    assert {command[0] for command in COMMANDS} == {"make", "pip", "python", "spade-ext", "torchrun"}
 
 
 @pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
@@ -65,7 +65,8 @@ def test_benchmark(command):
 def test_spade_ext(tmp_path, monkeypatch):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
-    for _, name, *arguments in commands("spade-ext"):
+    assert commands("torchrun")[0][:5] == ["torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    for _, name, *arguments in [*commands("spade-ext"), *(command[5:] for command in commands("torchrun"))]:
         assert main([name, *arguments, *SMALL[name]]) == 0
 
 
