@@ -30,7 +30,7 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 def make_batch(recipe: Recipe, size: int) -> tuple[dict[str, Tensor], str]:
-    """A batch as the Trainer would make it, and in words where it comes from."""
+    """A batch of random rows of the data, padded to the longest of them, and in words where it comes from."""
     task = recipe.make_task()
     try:
         dataset = task.dataset("train")

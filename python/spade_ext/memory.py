@@ -2,7 +2,7 @@
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 
 def keep_memory() -> bool:
@@ -13,11 +13,12 @@ def keep_memory() -> bool:
     holds on to the most memory that it has ever used. `spade-ext train` and `evaluate` call it, an import never does.
 
     Returns:
-        Whether the allocator took it. Only glibc's does (2.35 and newer), and for the main thread alone.
+        Whether the allocator took it. Only glibc's does, and for the main thread alone.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    # Each alone does not do: a block below the one threshold is trimmed by the other.
-    return all([mallopt(option, 2**31 - 1) for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)])
+    # Each alone does not do: a block that is not mapped is trimmed. Before glibc 2.35 a threshold is at most 32 MB.
+    not_mapped = mallopt(M_MMAP_THRESHOLD, 2**31 - 1) or mallopt(M_MMAP_MAX, 0)
+    return bool(not_mapped and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -185,6 +185,10 @@ def test_bugs_keep_their_traceback(run, monkeypatch, raised):
         (["train", "{recipe}", "training.output_dir=x", "training.eval_strategy=never"], "training.eval_strategy is "),
         (["train", "{recipe}", "training.output_dir={output}/x", "training.report_to=nonsense"], "training: "),
         (["train", "{recipe}", "training.resume_from_checkpoint=none"], "expected a checkpoint's folder"),
+        (
+            ["train", "{recipe}", "training.resume_from_checkpoint={output}"],
+            "expected a folder named checkpoint-<step>",
+        ),
         (["train", "{output}"], "is not a file, expected a recipe"),
         (["evaluate", "{output}", "model.window=[1,1]"], "model.window is fixed by the run"),
         (["evaluate", "{output}", "training.output_dir=x"], "training.output_dir is fixed by the run"),

@@ -44,8 +44,8 @@ def saving(staged: Path, what: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them, as the writer may be
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-        free = shutil.disk_usage(run).free / 1e6
         shutil.rmtree(staged, ignore_errors=True)
+        free = shutil.disk_usage(run).free / 1e6 if run.is_dir() else 0
         raise OSError(
             f"{run}: {what} could not be saved ({reason}; {free:,.1f} MB are free), what was saved before is as it was"
         ) from error

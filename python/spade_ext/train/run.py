@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, se
 
 from ..data.files import flush, write_text
 from ..models import SpadeForSequenceClassification
-from .checkpoint import STAGING, find_damage, newest_whole, saving, set_aside, step_of
+from .checkpoint import STAGING, checkpoints, find_damage, newest_whole, saving, set_aside, step_of
 from .curves import plot_curves
 from .recipe import RECIPE_FILE, Recipe
 from .trainer import SpadeTrainer, accuracy
@@ -64,6 +64,8 @@ def _checkpoint_to_resume(recipe: Recipe, given: str | None) -> tuple[Path | Non
         return newest_whole(folder)
     if not Path(given).is_dir():
         raise FileNotFoundError(f"training.resume_from_checkpoint is {given}, expected a checkpoint's folder")
+    if Path(given) not in checkpoints(Path(given).parent):
+        raise ValueError(f"training.resume_from_checkpoint is {given}, expected a folder named checkpoint-<step>")
     if damage := find_damage(Path(given)):
         raise ValueError(f"training.resume_from_checkpoint is {given}, expected a whole checkpoint, but {damage}")
     return Path(given), []

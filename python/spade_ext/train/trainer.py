@@ -121,6 +121,10 @@ class SpadeTrainer(Trainer):
         Its own counts the last batch as a full one, and with several processes the rows that fill it up.
         """
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if output.predictions is None:
+            raise ValueError(
+                "training.prediction_loss_only or batch_eval_metrics is True, expected False for accuracies"
+            )
         logits, labels = map(torch.from_numpy, (output.predictions, output.label_ids))
         loss = self.model.loss_function(labels=labels, pooled_logits=logits, config=self.model.config)
         output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
