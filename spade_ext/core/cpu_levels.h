@@ -31,3 +31,11 @@
   }                                  \
   inline const Type& name() { return DEFAULT::name; }
 #endif
+
+// The same for a table of each scalar type: defines function<scalar>(), with tables named function_suffix.
+#define SPADE_EXT_TYPED_LEVELS(Table, function, scalar, suffix) \
+  SPADE_EXT_LEVELS(Table<scalar>, function##_##suffix)          \
+  template <>                                                   \
+  const Table<scalar>& function<scalar>() {                     \
+    return function##_##suffix();                               \
+  }

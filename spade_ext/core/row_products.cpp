@@ -3,16 +3,7 @@
 
 namespace spade_ext {
 
-SPADE_EXT_LEVELS(RowProducts<float>, row_products_float)
-SPADE_EXT_LEVELS(RowProducts<double>, row_products_double)
-
-template <>
-const RowProducts<float>& row_products<float>() {
-  return row_products_float();
-}
-template <>
-const RowProducts<double>& row_products<double>() {
-  return row_products_double();
-}
+SPADE_EXT_TYPED_LEVELS(RowProducts, row_products, float, float)
+SPADE_EXT_TYPED_LEVELS(RowProducts, row_products, double, double)
 
 }  // namespace spade_ext

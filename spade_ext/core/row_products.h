@@ -14,8 +14,6 @@ struct MatrixView {
 
 template <class T>
 struct RowProducts {
-  // Elements of a vector. The product is fastest where width and n are multiples of it.
-  int64_t lanes;
   // out (rows, width) += a (rows, n) b (n, width), in the order of n. Fastest for rows = kProductRows.
   void (*multiply_add)(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> out, int64_t rows,
                        int64_t n, int64_t width);

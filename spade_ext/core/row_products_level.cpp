@@ -69,7 +69,7 @@ void multiply_add(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> ou
 
 }  // namespace
 
-extern const RowProducts<float> row_products_float = {Vectorized<float>::size(), multiply_add<float>};
-extern const RowProducts<double> row_products_double = {Vectorized<double>::size(), multiply_add<double>};
+extern const RowProducts<float> row_products_float = {multiply_add<float>};
+extern const RowProducts<double> row_products_double = {multiply_add<double>};
 
 }  // namespace spade_ext::CPU_CAPABILITY

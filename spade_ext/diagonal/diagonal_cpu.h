@@ -56,18 +56,11 @@ struct System {
 // N numbers as separate real and imaginary parts, so that n runs through the vector lanes.
 template <class T>
 struct Lanes {
-  int64_t N;
   at::Tensor memory;
   double *re, *im;
 
   explicit Lanes(int64_t size)
-      : N(size), memory(at::empty({2, size}, at::kDouble)), re(memory.data_ptr<double>()), im(re + size) {}
-  Lanes(int64_t size, T value) : Lanes(size) {
-    for (int64_t n = 0; n < N; ++n) set(n, value);
-  }
-  Lanes(Lanes&&) = default;
-  Lanes& operator=(Lanes&&) = default;
-
+      : memory(at::empty({2, size}, at::kDouble)), re(memory.data_ptr<double>()), im(re + size) {}
   void set(int64_t n, T value) { re[n] = real(value), im[n] = imag(value); }
   T get(int64_t n) const {
     if constexpr (std::is_same_v<T, double>)
@@ -75,74 +68,7 @@ struct Lanes {
     else
       return {re[n], im[n]};
   }
-  void copy(const Lanes& other) { std::copy_n(other.re, 2 * N, re); }
-  void flush() { spade_ext::flush(re, 2 * N); }
 };
-
-template <class T>
-double sum(const Lanes<T>& z) {
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t n = 0; n < z.N; ++n) total += z.re[n];
-  return total;
-}
-
-// Re sum_n a z.
-template <class T>
-double dot(const Lanes<T>& a, const Lanes<T>& z) {
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t n = 0; n < z.N; ++n) {
-    total += a.re[n] * z.re[n];
-    if constexpr (!std::is_same_v<T, double>) total -= a.im[n] * z.im[n];
-  }
-  return total;
-}
-
-// z <- z a. Im stays untouched where all is real.
-template <class T>
-void multiply(Lanes<T>& z, const Lanes<T>& a) {
-  double* __restrict re = z.re;
-  double* __restrict im = z.im;
-#pragma omp simd
-  for (int64_t n = 0; n < z.N; ++n) {
-    if constexpr (std::is_same_v<T, double>) {
-      re[n] *= a.re[n];
-    } else {
-      const double product = re[n] * a.re[n] - im[n] * a.im[n];
-      im[n] = re[n] * a.im[n] + im[n] * a.re[n];
-      re[n] = product;
-    }
-  }
-}
-
-// total <- total + x z for a real x.
-template <class T>
-void add_scaled(Lanes<T>& total, double x, const Lanes<T>& z) {
-  double* __restrict re = total.re;
-  double* __restrict im = total.im;
-#pragma omp simd
-  for (int64_t n = 0; n < z.N; ++n) {
-    re[n] += x * z.re[n];
-    if constexpr (!std::is_same_v<T, double>) im[n] += x * z.im[n];
-  }
-}
-
-// total <- total + a z.
-template <class T>
-void add_product(Lanes<T>& total, const Lanes<T>& a, const Lanes<T>& z) {
-  double* __restrict re = total.re;
-  double* __restrict im = total.im;
-#pragma omp simd
-  for (int64_t n = 0; n < z.N; ++n) {
-    if constexpr (std::is_same_v<T, double>) {
-      re[n] += a.re[n] * z.re[n];
-    } else {
-      re[n] += a.re[n] * z.re[n] - a.im[n] * z.im[n];
-      im[n] += a.re[n] * z.im[n] + a.im[n] * z.re[n];
-    }
-  }
-}
 
 // Calls body<T, scalar_t>() for the parameters' kind and dtype.
 template <class Body>

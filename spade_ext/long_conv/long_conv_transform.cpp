@@ -3,16 +3,7 @@
 
 namespace spade_ext {
 
-SPADE_EXT_LEVELS(LongConvTransform<float>, long_conv_transform_float)
-SPADE_EXT_LEVELS(LongConvTransform<double>, long_conv_transform_double)
-
-template <>
-const LongConvTransform<float>& long_conv_transform<float>() {
-  return long_conv_transform_float();
-}
-template <>
-const LongConvTransform<double>& long_conv_transform<double>() {
-  return long_conv_transform_double();
-}
+SPADE_EXT_TYPED_LEVELS(LongConvTransform, long_conv_transform, float, float)
+SPADE_EXT_TYPED_LEVELS(LongConvTransform, long_conv_transform, double, double)
 
 }  // namespace spade_ext

@@ -62,12 +62,6 @@ struct StateMatrix {
     for (int64_t r = 0; r < R; ++r) std::copy_n(p_.data + (r * S + s) * N, N, p.data() + r * N);
   }
   const complex* row(int64_t r) const { return p.data() + r * N; }
-  // A^T, which acts on what is multiplied with a state: conj(p) in place of p.
-  StateMatrix transposed() const {
-    StateMatrix result = *this;
-    for (complex& x : result.p) x = std::conj(x);
-    return result;
-  }
 };
 
 // p^* x over all states, x being those stored.
@@ -98,8 +92,14 @@ class BilinearStep {
     }
   }
 
-  const StateMatrix& matrix() const { return a_; }
+  // One token: x <- Abar x + Bbar u.
+  void step(complex* x, const complex* b, double u) {
+    for (int64_t n = 0; n < a_.N; ++n) solved_[n] = x[n] + delta_ * u * b[n];
+    solve(solved_.data());
+    for (int64_t n = 0; n < a_.N; ++n) x[n] = 2.0 * solved_[n] - x[n];
+  }
 
+ private:
   // x <- (I - delta A)^-1 x, by Woodbury's formula
   void solve(complex* x) {
     for (int64_t n = 0; n < a_.N; ++n) x[n] *= inverse_[n];
@@ -110,24 +110,6 @@ class BilinearStep {
       const complex* p = a_.row(r);
       for (int64_t n = 0; n < a_.N; ++n) x[n] -= delta_ * projections_[r] * (inverse_[n] * p[n]);
     }
-  }
-
-  // x <- Abar x
-  void step(complex* x) {
-    std::copy_n(x, a_.N, solved_.data());
-    reflect(x);
-  }
-
-  // One token: x <- Abar x + Bbar u.
-  void step(complex* x, const complex* b, double u) {
-    for (int64_t n = 0; n < a_.N; ++n) solved_[n] = x[n] + delta_ * u * b[n];
-    reflect(x);
-  }
-
- private:
-  void reflect(complex* x) {
-    solve(solved_.data());
-    for (int64_t n = 0; n < a_.N; ++n) x[n] = 2.0 * solved_[n] - x[n];
   }
 
   StateMatrix a_;

@@ -60,9 +60,8 @@ class EMA(StateSpaceLayer):
 
         def coefficients() -> tuple[Tensor, Tensor, Tensor]:
             p = self.delta.sigmoid()
-            below_one = (
-                1 - torch.finfo(self.dtype).eps / 2
-            )  # where p sigmoid(alpha) rounds to 1, log q would be infinite
+            # Where p sigmoid(alpha) rounds to 1, log q would be infinite.
+            below_one = 1 - torch.finfo(self.dtype).eps / 2
             log_q = torch.log1p(-(p * self.alpha.sigmoid()).clamp(max=below_one))
             return log_q, p * self.beta, self.gamma[None] / math.sqrt(self.n_dim)
 

@@ -30,7 +30,20 @@ def relative_position_buckets(offsets: Tensor, *, bidirectional: bool, num_bucke
     return first + torch.where(distance < exact, distance, logarithmic)
 
 
-class RelativePositionBias(nn.Module):
+class LearnedBias(nn.Module):
+    """What the biases with parameters share: where those start, and that they do not decay."""
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation 0.02."""
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def parameter_options(self) -> dict[str, dict[str, Any]]:
+        """Optimizer options by parameter: no weight decay."""
+        return {name: {"weight_decay": 0.0} for name, _ in self.named_parameters()}
+
+
+class RelativePositionBias(LearnedBias):
     """T5's relative position bias: one learned number a bucket of distances and head.
 
     Args:
@@ -51,14 +64,6 @@ class RelativePositionBias(nn.Module):
         self.max_distance = max_distance
         self.weight = nn.Parameter(torch.empty(num_buckets, n_heads))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal with standard deviation 0.02."""
-        nn.init.normal_(self.weight, std=0.02)
-
-    def parameter_options(self) -> dict[str, dict[str, Any]]:
-        """Optimizer options by parameter: no weight decay."""
-        return {"weight": {"weight_decay": 0.0}}
 
     def forward(self, left: int, right: int) -> Tensor:
         """The table (H, left + right + 1) for a window; buckets are one-sided when right is 0."""
@@ -113,7 +118,7 @@ class AlibiBias(nn.Module):
         return f"n_heads={self.n_heads}"
 
 
-class SimpleBias(nn.Module):
+class SimpleBias(LearnedBias):
     """MEGA's simple relative bias: one learned number an offset and head.
 
     Args:
@@ -131,14 +136,6 @@ class SimpleBias(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_heads, 2 * max_positions - 1))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Normal with standard deviation 0.02."""
-        nn.init.normal_(self.weight, std=0.02)
-
-    def parameter_options(self) -> dict[str, dict[str, Any]]:
-        """Optimizer options by parameter: no weight decay."""
-        return {"weight": {"weight_decay": 0.0}}
-
     def forward(self, left: int, right: int) -> Tensor:
         """The table (H, left + right + 1) for a window, whose sides are both below max_positions."""
         if (reach := max(left, right)) >= self.max_positions:
@@ -151,7 +148,7 @@ class SimpleBias(nn.Module):
         return f"n_heads={self.weight.size(0)}, max_positions={self.max_positions}"
 
 
-class RotaryBias(nn.Module):
+class RotaryBias(LearnedBias):
     """MEGA's rotary bias: the product of two learned vectors a head, rotated to the query's and the key's position.
 
     It is added to the scores, unlike rotary embeddings, which rotate queries and keys.
@@ -170,15 +167,6 @@ class RotaryBias(nn.Module):
         self.alpha = nn.Parameter(torch.empty(n_heads, dim))
         self.beta = nn.Parameter(torch.empty(n_heads, dim))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal with standard deviation 0.02."""
-        nn.init.normal_(self.alpha, std=0.02)
-        nn.init.normal_(self.beta, std=0.02)
-
-    def parameter_options(self) -> dict[str, dict[str, Any]]:
-        """Optimizer options by parameter: no weight decay."""
-        return {"alpha": {"weight_decay": 0.0}, "beta": {"weight_decay": 0.0}}
 
     def forward(self, left: int, right: int) -> Tensor:
         """The table (H, left + right + 1) for a window; halves of a vector are the two coordinates that rotate."""
