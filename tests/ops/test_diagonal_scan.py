@@ -277,7 +277,7 @@ def test_state_that_autograd_has_saved_is_not_overwritten_unseen():
         loss.backward()
 
 
-@pytest.mark.parametrize(("index", "name"), enumerate(("u", "w", "b", "c", "log_dt", "state")))
+@pytest.mark.parametrize(("index", "name"), list(enumerate(("u", "w", "b", "c", "log_dt", "state"))))
 def test_step_refuses_gradients(index, name):
     arguments = list(diagonal_step_sample("").args)
     arguments[index].requires_grad_()
