@@ -20,12 +20,18 @@ def gradients(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -
     return lambda: forward_backward(lambda *_: call(), inputs, grad)
 
 
-def in_pieces(layer: torch.nn.Module, x: Tensor, count: int) -> Tensor:
-    state, outputs = layer.initial_state(x.size(0)), []
-    for piece in x.chunk(count, 1):
-        y, state = layer(piece, state=state)
-        outputs.append(y)
-    return torch.cat(outputs, 1)
+def gradients_of_pieces(layer: torch.nn.Module, pieces: list[Tensor], grads: list[Tensor]) -> Callable[[], object]:
+    """Of a sequence cut into pieces, through the states that are handed on."""
+    inputs = [t.requires_grad_() for t in (*pieces, *layer.parameters())]
+
+    def call() -> object:
+        state, outputs = layer.initial_state(pieces[0].size(0)), []
+        for piece in pieces:
+            y, state = layer(piece, state=state)
+            outputs.append(y)
+        return torch.autograd.grad(outputs, inputs, grads)
+
+    return call
 
 
 def main() -> None:
@@ -50,11 +56,11 @@ def main() -> None:
         "S4, s4d, N 32": nn.S4(D, 64, kernel="s4d", n_ssm=1),
         "S4, s4, N 32": nn.S4(D, 64, n_ssm=1),
     }.items():
-        x = torch.randn(B, L, D)
-        inputs, grad = [x, *layer.parameters()], torch.randn_like(x)
+        x, grad = torch.randn(2, B, L, D)
+        cut = [[piece.contiguous() for piece in t.chunk(4, dim=1)] for t in (x, grad)]
         seconds = benchmark.medians(
-            ours=gradients(lambda layer=layer, x=x: in_pieces(layer, x, 4), inputs, grad),
-            peer=gradients(lambda layer=layer, x=x: layer(x), inputs, grad),
+            ours=gradients_of_pieces(layer, *cut),
+            peer=gradients(lambda layer=layer, x=x: layer(x), [x, *layer.parameters()], grad),
         )
         benchmark.row(f"{name}, B {B} D {D} L {L}, 4 pieces", "forward + backward", seconds, "whole")
 
