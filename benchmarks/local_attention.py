@@ -82,9 +82,9 @@ class LongT5Layer(nn.Module):
         self.layer = LongT5LocalAttention(config, has_relative_attention_bias=True)
         self.mask = _get_local_attention_mask(torch.ones(1, L), radius + 1, torch.device("cpu"))
         with torch.no_grad():
-            self.layer.q.weight.copy_(ours.q.weight * (D // H) ** -0.5)
-            for name in ("k", "v", "o"):
-                getattr(self.layer, name).weight.copy_(getattr(ours, name).weight)
+            q, k, v = ours.qkv.weight.chunk(3)
+            for name, weight in {"q": q * (D // H) ** -0.5, "k": k, "v": v, "o": ours.o.weight}.items():
+                getattr(self.layer, name).weight.copy_(weight)
             self.layer.relative_attention_bias.weight.copy_(ours.position.weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -29,8 +29,10 @@ def main() -> None:
     decoder = {"num_key_value_heads": H // 2, "head_dim": D // H, "sliding_window": W, "use_cache": False}
     encoder = {"local_attention": W // 4, "global_attn_every_n_layers": 3, "cls_token_id": 1, "sep_token_id": 2}
     for name, config in {
-        f"Mistral, 2 layers, window {W}": MistralConfig(**sizes, **decoder, num_hidden_layers=2),
-        f"Gemma 3, 5 layers of window {W}, 1 full": Gemma3TextConfig(**sizes, **decoder, num_hidden_layers=6),
+        f"Mistral, 1 layer of window {W}": MistralConfig(**sizes, **decoder, num_hidden_layers=1),
+        f"Gemma 3, 2 layers of window {W}, 1 full": Gemma3TextConfig(
+            **sizes, **decoder, num_hidden_layers=3, sliding_window_pattern=3
+        ),
         f"ModernBERT, 2 layers of window {W // 4}, 1 full": ModernBertConfig(**sizes, **encoder, num_hidden_layers=3),
     }.items():
         ours, peer = (Layers(config, attention) for attention in ("spade_local", "sdpa"))

@@ -41,9 +41,7 @@ class LocalAttention(nn.Module):
         self.d_model = d_model
         self.n_heads = n_heads
         self.window = tuple(window)
-        self.q = nn.Linear(d_model, d_model, bias=False)
-        self.k = nn.Linear(d_model, d_model, bias=False)
-        self.v = nn.Linear(d_model, d_model, bias=False)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.o = nn.Linear(d_model, d_model, bias=False)
         self.position = build_position_bias(
             position,
@@ -56,9 +54,9 @@ class LocalAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier uniform, of gain 1 / sqrt(2) for q, k and v."""
-        for linear in (self.q, self.k, self.v):
-            nn.init.xavier_uniform_(linear.weight, gain=2**-0.5)
+        """Xavier uniform of each (D, D) projection, of gain 1 / sqrt(2) for q, k and v."""
+        for weight in self.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(weight, gain=2**-0.5)
         nn.init.xavier_uniform_(self.o.weight)
         if self.position is not None:
             self.position.reset_parameters()
@@ -89,7 +87,7 @@ class LocalAttention(nn.Module):
             raise ValueError(f"x has shape {list(x.shape)}, expected (B, L, {self.d_model})")
         if position_bias is None:
             position_bias = self.position_bias()
-        q, k, v = (linear(x).unflatten(-1, (self.n_heads, -1)) for linear in (self.q, self.k, self.v))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
         if position_bias is not None:
             position_bias = position_bias.to(q.dtype)
         out = local_attention(
