@@ -123,7 +123,7 @@ def test_weights_missing_from_a_checkpoint_are_those_of_a_new_model(options):
 def test_partly_missing_weights_leave_the_loaded_ones_alone():
     model = classifier()
     state = {name: torch.full_like(value, 0.25) for name, value in model.state_dict().items()}
-    del state["model.layers.0.mixer.ssm.C"], state["model.layers.1.mixer.attention.q.weight"]
+    del state["model.layers.0.mixer.ssm.C"], state["model.layers.1.mixer.attention.qkv.weight"]
     loaded = SpadeForSequenceClassification.from_pretrained(None, config=config(), state_dict=state)
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, torch.full_like(value, 0.25)) == (name in state), name

@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -76,7 +77,7 @@ def test_packed_documents_are_alone(window, position):
 def test_layer_is_dense_attention_with_the_table_as_its_bias(position):
     layer = nn.LocalAttention(8, 2, window=(3, 2), position=position).double()
     x = torch.randn(2, 7, 8, dtype=torch.float64)
-    q, k, v = (linear(x).unflatten(-1, (2, 4)).transpose(1, 2) for linear in (layer.q, layer.k, layer.v))
+    q, k, v = ((x @ weight.T).unflatten(-1, (2, 4)).transpose(1, 2) for weight in layer.qkv.weight.chunk(3))
     offset = torch.arange(7) - torch.arange(7)[:, None]
     bias = torch.zeros(2, 7, 7, dtype=torch.float64)
     if position is not None:
@@ -157,6 +158,14 @@ def test_dropout_of_the_weights_acts_in_training_only():
     assert torch.equal(layer(x), layer(x))
 
 
+def test_projections_are_read_in_place():
+    layer, x = nn.LocalAttention(32, 2, window=(3, 2)), torch.randn(2, 50, 32)
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        layer(x)
+    copied = [event.input_shapes[0] for event in profiler.events() if event.name in ("aten::copy_", "aten::clone")]
+    assert all(math.prod(shape) < x.numel() for shape in copied)
+
+
 def test_a_token_reaches_exactly_its_window():
     layer = nn.LocalAttention(8, 2, window=(2, 1))
     x = torch.randn(1, 10, 8, requires_grad=True)
@@ -212,7 +221,8 @@ def test_errors_of_an_input(shape):
 def test_initial_weights_are_xavier_uniform():
     """Between -bound and bound = gain sqrt(6 / 2 D), of standard deviation bound / sqrt(3)."""
     layer = nn.LocalAttention(256, 4, window=(2, 2))
+    weights = dict(zip("qkvo", (*layer.qkv.weight.chunk(3), layer.o.weight), strict=True))
     for name, gain in {"q": 2**-0.5, "k": 2**-0.5, "v": 2**-0.5, "o": 1}.items():
-        weight, bound = layer.get_submodule(name).weight, gain * (6 / 512) ** 0.5
+        weight, bound = weights[name], gain * (6 / 512) ** 0.5
         assert 0.999 * bound < weight.abs().max() <= bound, name
         assert abs(weight.std() * 3**0.5 / bound - 1) < 0.02, name

@@ -1,4 +1,7 @@
-"""SPADE as Hugging Face models. Importing this registers them with the Auto classes."""
+"""SPADE as Hugging Face models, and `attn_implementation="spade_local"` for other models.
+
+Importing this registers them with the Auto classes and the attention with `AttentionInterface`.
+"""
 
 from transformers import (
     AutoConfig,
@@ -8,7 +11,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from . import published  # noqa: F401  (registers the published names)
+from . import attention_interface, published  # noqa: F401  (register the attention and the published names)
 from .configuration_spade import SpadeConfig
 from .mixers import register_mixer
 from .modeling_spade import (

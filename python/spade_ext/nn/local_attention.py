@@ -1,5 +1,6 @@
 """The attention layer of SPADE: multi-head attention over a window."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -65,9 +66,7 @@ class LocalAttention(nn.Module):
         self.rope = position == "rope"
         if self.rope and d_model // n_heads % 2:
             raise ValueError(f"position is 'rope', expected another one for heads of odd width {d_model // n_heads}")
-        self.q = nn.Linear(d_model, d_model, bias=False)
-        self.k = nn.Linear(d_model, d_model, bias=False)
-        self.v = nn.Linear(d_model, d_model, bias=False)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.o = nn.Linear(d_model, d_model, bias=False)
         self.position = build_position_bias(
             None if self.rope else position,
@@ -80,9 +79,10 @@ class LocalAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier uniform, of gain 1 / sqrt(2) for q, k and v."""
-        for linear in (self.q, self.k, self.v):
-            nn.init.xavier_uniform_(linear.weight, gain=2**-0.5)
+        """Xavier uniform of each (D, D) projection, of gain 1 / sqrt(2) for q, k and v."""
+        # As a whole: transformers marks loaded weights, not slices of them, to be left alone.
+        bound = math.sqrt(1.5 / self.d_model)
+        nn.init.uniform_(self.qkv.weight, -bound, bound)
         nn.init.xavier_uniform_(self.o.weight)
         if self.position is not None:
             self.position.reset_parameters()
@@ -118,7 +118,7 @@ class LocalAttention(nn.Module):
             raise ValueError(f"x has shape {list(x.shape)}, expected (B, L, {self.d_model})")
         if position_bias is None:
             position_bias = self.position_bias(x.size(1))
-        q, k, v = (linear(x).unflatten(-1, (self.n_heads, -1)) for linear in (self.q, self.k, self.v))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
         if self.rope:
             q, k = rotate(q), rotate(k)
         if position_bias is not None:
