@@ -27,19 +27,10 @@ def register_mixer(name: str) -> Callable[[Mixer], Mixer]:
     It is built from the configuration and a layer's number, and called with the layer's normalised input x (B, L, D)
     and, by name, with attention_mask (B, L), True at real tokens, and segment_ids (B, L) of packed rows, both or
     either None; residual (B, L, D), the layer's input; and position_bias, a table shared between layers. It returns
-    (B, L, D), which is added to the residual::
+    (B, L, D), which is added to the residual. `docs/models.md` has an example.
 
-        @register_mixer("mean")
-        class Mean(nn.Module):
-            def __init__(self, config, layer):
-                super().__init__()
-                self.output = nn.Linear(config.hidden_size, config.hidden_size)
-
-            def forward(self, x, *, attention_mask=None, **context):
-                real = torch.ones_like(x[..., :1]) if attention_mask is None else attention_mask[..., None]
-                return self.output((x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)).expand_as(x)
-
-    Weights other than those of Linears and norms are made by its `reset_parameters`, if it has one.
+    Weights other than those of Linears and norms are made by its `reset_parameters`, if it has one, with torch.nn.init,
+    which leaves those of a checkpoint alone.
     """
 
     def register(cls: Mixer) -> Mixer:

@@ -100,6 +100,11 @@ class SpadePreTrainedModel(PreTrainedModel):
             raise ValueError(f"attn_implementation is {requested_attention!r}, expected 'spade_local' or 'eager'")
         return requested_attention or "spade_local"
 
+    def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Module:
+        if self.config.adaptive_cutoffs is not None:
+            raise ValueError("adaptive_cutoffs is given, expected None to resize embeddings: ids are sorted in bands")
+        return super().resize_token_embeddings(*args, **options)
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Of code outside of transformers, modules without parameters of their own would be left out.
         super()._initialize_weights(module)
@@ -138,11 +143,6 @@ class SpadeModel(SpadePreTrainedModel):
         self.norm = build_norm(config.norm, width, config.layer_norm_eps) if final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
-
-    def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Module:
-        if self.config.adaptive_cutoffs is not None:
-            raise ValueError("adaptive_cutoffs is given, expected None to resize embeddings: ids are sorted in bands")
-        return super().resize_token_embeddings(*args, **options)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, input_values: Tensor | None) -> Tensor:
         size = self.config.input_size
@@ -242,11 +242,6 @@ class SpadeLanguageModel(SpadePreTrainedModel):
             self.adaptive_head = AdaptiveHead(config)
         self.post_init()
 
-    def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Module:
-        if self.config.adaptive_cutoffs is not None:
-            return self.model.resize_token_embeddings(*args, **options)
-        return super().resize_token_embeddings(*args, **options)
-
     def logits(self, x: Tensor) -> Tensor:
         """(B, L, D) to (B, L, vocab_size); of an adaptive softmax they are log-probabilities."""
         if self.config.adaptive_cutoffs is None:
@@ -297,6 +292,8 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
         Returns:
             CausalLMOutput with logits (B, L, vocab_size); or, given labels, the loss and no logits.
         """
+        if labels is not None and segment_ids is None and position_ids is not None:
+            segment_ids = documents_of(check_position_ids(position_ids, labels), real_tokens(attention_mask, labels))
         outputs = self.model(
             input_ids, attention_mask, inputs_embeds, segment_ids=segment_ids, position_ids=position_ids, **kwargs
         )
@@ -306,8 +303,6 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
             logits = self.logits(x[:, kept])
         else:
             following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            if segment_ids is None and position_ids is not None:
-                segment_ids = documents_of(check_position_ids(position_ids, x), real_tokens(attention_mask, x))
             if segment_ids is not None:
                 ends = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (0, 1), value=True)
                 following = following.masked_fill(ends, IGNORED)
