@@ -1,7 +1,8 @@
 """Time and memory of each op and of a peer, forward + backward, over the length of the sequence.
 
 Prints a Markdown table and writes a picture, docs/lengths.png. Each point is a process of its own, which keeps its
-memory; its memory is the most it takes beyond its inputs. A peer's curve ends where the next point would not fit into
+memory; its memory is the most it takes beyond its inputs. The extra memory, of a curve's last point, is what it takes
+beyond inputs, outputs and gradients, in percent of these. A peer's curve ends where the next point would not fit into
 the machine or take minutes.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from diagonal import vandermonde
-from local_attention import dense_band
+from local_attention import dense_band, three_blocks
 from long_conv import whole_tensor_fft
 from s4 import cauchy
 from timing import forward_backward, machine
@@ -86,8 +87,10 @@ def diagonal_scan(L: int) -> tuple[Inputs, dict[str, Op]]:
 
 
 def local_attention(L: int) -> tuple[Inputs, dict[str, Op]]:
+    blocks, bias = three_blocks(L, WINDOW, WINDOW), torch.zeros(H // D, 2 * WINDOW + 1)
     return list(torch.randn(3, B, L, H // D, D)), {
         "spade_ext": lambda q, k, v: ops.local_attention(q, k, v, window=(WINDOW, WINDOW)),
+        "three blocks": lambda q, k, v: blocks(q, k, v, bias),
         "SDPA, band mask": dense_band(L, WINDOW, WINDOW),
     }
 
@@ -108,13 +111,16 @@ def prepare(case: str, name: str, L: int) -> tuple[Op, Inputs, Tensor]:
 
 
 def measure(case: str, name: str, L: int) -> dict[str, float]:
-    """Bytes of a call beyond its inputs, and seconds where memory is kept, in this process."""
+    """Bytes of a call beyond its inputs, the share of them that is extra, and seconds where memory is kept, in this
+    process."""
     forward_backward(*prepare(case, name, 16))  # loads libraries
-    point = prepare(case, name, L)
+    _, inputs, grad = point = prepare(case, name, L)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = status("VmRSS")
     forward_backward(*point)
     memory = max(0, status("VmHWM") - before)
+    read, written = sum(t.nbytes for t in inputs), grad.nbytes
+    extra = max(0, memory - read - written) / (2 * read + 2 * written)
 
     spade_ext.keep_memory()
     times: list[float] = []
@@ -122,7 +128,7 @@ def measure(case: str, name: str, L: int) -> dict[str, float]:
         start = time.perf_counter()
         forward_backward(*point)
         times.append(time.perf_counter() - start)
-    return {"bytes": memory, "seconds": statistics.median(times[2:])}
+    return {"bytes": memory, "extra": extra, "seconds": statistics.median(times[2:])}
 
 
 def measure_apart(case: str, name: str, L: int) -> dict[str, float]:
@@ -171,14 +177,14 @@ def main() -> None:
     lengths = [64, 128] if options.quick else [2**e for e in range(8, 17)]
     print("Time (ms) and memory beyond inputs (MB) of forward + backward, by length\n")
     print(f"{machine()}; B {B}, {H} channels, N {N}; attention with {H // D} heads, window ({WINDOW}, {WINDOW})\n")
-    print(f"| op | by |{' | '.join(f'{L:,}' for L in lengths)} |")
-    print(f"|---|---|{'---:|' * len(lengths)}")
+    print(f"| op | by |{' | '.join(f'{L:,}' for L in lengths)} | extra |")
+    print(f"|---|---|{'---:|' * len(lengths)}---:|")
     curves = {}
     for case in CASES:
         for name in CASES[case](16)[1]:
             points = curves[case, name] = curve(measure if options.quick else measure_apart, case, name, lengths)
             cells = [f"{1e3 * point['seconds']:.3g} / {point['bytes'] / 1e6:.3g}" for point in points]
-            cells += [""] * (len(lengths) - len(cells))
+            cells += [""] * (len(lengths) - len(cells)) + [f"{points[-1]['extra']:.0%}"]
             print(f"| {case} | {name} | {' | '.join(cells)} |", flush=True)
     if not options.quick:
         plot(curves, lengths, PICTURE)

@@ -1,13 +1,20 @@
-"""local_attention against three blocks of keys (LongT5) and scaled_dot_product_attention with a dense band mask."""
+"""local_attention against three blocks of keys (LongT5), scaled_dot_product_attention with a dense band mask,
+FlexAttention (compiled; no backward on the CPU) and local_attention_ref; over windows, head sizes and dtypes; and
+nn.LocalAttention against the layer of LongT5."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timing import Benchmark
-from torch import Tensor
+from timing import Benchmark, check, forward_backward
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import LongT5Config
+from transformers.models.longt5.modeling_longt5 import LongT5LocalAttention, _get_local_attention_mask
 
-from spade_ext.ops import local_attention
+from spade_ext.nn import LocalAttention
+from spade_ext.ops import local_attention, local_attention_ref
 
 
 def three_blocks(L: int, left: int, right: int) -> Callable[..., Tensor]:
@@ -51,6 +58,39 @@ def dense_band(L: int, left: int, right: int) -> Callable[..., Tensor]:
     return attention
 
 
+def flex(L: int, left: int, right: int) -> Callable[..., Tensor]:
+    """Compiled, with the bias as its score_mod and the band as its block mask."""
+    band = create_block_mask(lambda b, h, i, j: (j - i >= -left) & (j - i <= right), None, None, L, L, device="cpu")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        def with_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + bias[h, (left + j - i).clamp(0, left + right)]
+
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return flex_attention(q, k, v, score_mod=with_bias, block_mask=band, enable_gqa=True).transpose(1, 2)
+
+    return torch.compile(attention, dynamic=False)
+
+
+class LongT5Layer(nn.Module):
+    """Hugging Face's local self-attention of LongT5, with the weights of ours; its scores have no scale."""
+
+    def __init__(self, ours: LocalAttention, L: int):
+        super().__init__()
+        D, H, radius = ours.d_model, ours.n_heads, ours.window[0]
+        config = LongT5Config(d_model=D, num_heads=H, d_kv=D // H, local_radius=radius, dropout_rate=0.0)
+        self.layer = LongT5LocalAttention(config, has_relative_attention_bias=True)
+        self.mask = _get_local_attention_mask(torch.ones(1, L), radius + 1, torch.device("cpu"))
+        with torch.no_grad():
+            q, k, v = ours.qkv.weight.chunk(3)
+            for name, weight in {"q": q * (D // H) ** -0.5, "k": k, "v": v, "o": ours.o.weight}.items():
+                getattr(self.layer, name).weight.copy_(weight)
+            self.layer.relative_attention_bias.weight.copy_(ours.position.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, self.mask)[0]
+
+
 def flops(B: int, L: int, H: int, D: int, left: int, right: int) -> tuple[float, float]:
     """Forward and backward: two and five products of 2 D a pair that is seen."""
     pairs = sum(min(i + right, L - 1) - max(i - left, 0) + 1 for i in range(L))
@@ -59,30 +99,67 @@ def flops(B: int, L: int, H: int, D: int, left: int, right: int) -> tuple[float,
 
 def main() -> None:
     benchmark = Benchmark(__doc__)
+    quick = benchmark.quick
+
+    def make(
+        B: int, L: int, H: int, Hkv: int, D: int, window: tuple[int, int]
+    ) -> tuple[str, list[Tensor], tuple[float, float], Callable[..., Tensor]]:
+        """A case's name, q, k, v and bias, its flops, and ours."""
+        case = f"B {B} L {L} H {H}/{Hkv} D {D} window {window}"
+        inputs = [torch.randn(B, L, heads, D) for heads in (H, Hkv, Hkv)]
+        bias = torch.randn(H, sum(window) + 1)
+        return case, [*inputs, bias], flops(B, L, H, D, *window), partial(local_attention, window=window)
+
     shapes = [
         (1, 3072, 8, 8, 128, (511, 0)),
         (8, 1024, 4, 4, 64, (127, 127)),
         (4, 4096, 8, 8, 64, (127, 127)),
         (32, 1024, 4, 2, 16, (33, 33)),
-        (8, 1024, 4, 4, 64, (16, 16)),
-        (8, 512, 4, 4, 64, (511, 511)),
     ]
-    quick_shapes = [(1, 100, 2, 2, 16, (31, 0)), (2, 96, 2, 1, 16, (5, 5))]
-    for B, L, H, Hkv, D, window in quick_shapes if benchmark.quick else shapes:
-        case = f"B {B} L {L} H {H}/{Hkv} D {D} window {window}"
-        inputs = [torch.randn(B, L, heads, D) for heads in (H, Hkv, Hkv)]
-        bias = torch.randn(H, sum(window) + 1)
-        work = flops(B, L, H, D, *window)
+    for shape in [(1, 100, 2, 2, 16, (31, 0))] if quick else shapes:
+        case, inputs, work, ours = make(*shape)
+        L, window = shape[1], shape[-1]
+        args = (inputs, work, 1e-5)
+        benchmark.compare(f"{case}, bias", ours, "three blocks", three_blocks(L, *window), *args)
+        benchmark.compare(f"{case}, bias", ours, "FlexAttention", flex(L, *window), *args, backward=False)
+        benchmark.compare(case, ours, "SDPA, band mask", dense_band(L, *window), inputs[:3], work, 1e-5)
+        benchmark.compare_threads(f"{case}, bias", ours, inputs)
 
-        def ours(
-            q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, window: tuple[int, int] = window
-        ) -> Tensor:
-            return local_attention(q, k, v, bias, window=window)
+    shape = (2, 96, 2, 1, 16, (5, 5)) if quick else (1, 1024, 8, 8, 64, (127, 127))
+    case, inputs, work, ours = make(*shape)
+    ref = partial(local_attention_ref, window=shape[-1])
+    benchmark.compare(f"{case}, bias", ours, "local_attention_ref", ref, inputs, work, 1e-5)
 
-        peer = three_blocks(L, *window)
-        benchmark.compare(f"{case}, bias", ours, "three blocks", peer, [*inputs, bias], work, tolerance=1e-5)
-        benchmark.compare(case, ours, "SDPA, band mask", dense_band(L, *window), inputs, work, tolerance=1e-5)
-        benchmark.compare_threads(f"{case}, bias", ours, [*inputs, bias])
+    B, L, H = (1, 96, 2) if quick else (2, 2048, 4)
+    sweep = [(B, L, H, H, 64, (w, w)) for w in ((8, L - 1) if quick else (16, 32, 64, 256, 512, L - 1))]
+    sweep += [(B, L, H, H, D, (127, 127)) for D in ((16,) if quick else (16, 32, 128, 256))]
+    for shape in sweep:
+        case, inputs, work, ours = make(*shape)
+        benchmark.compare(case, ours, "SDPA, band mask", dense_band(L, *shape[-1]), inputs[:3], work, 1e-5)
+
+    for shape in [(1, 100, 2, 2, 16, (31, 0))] if quick else shapes[:3]:
+        case, inputs, work, ours = make(*shape)
+        single = [t.requires_grad_() for t in inputs]
+        for dtype in (torch.bfloat16, torch.float16):
+            half = [t.detach().to(dtype).requires_grad_() for t in inputs]
+            grad = torch.randn(*half[0].shape, dtype=dtype)
+            calls = {
+                "ours": partial(forward_backward, ours, half, grad),
+                "peer": partial(forward_backward, ours, single, grad.float()),
+            }
+            name = f"{case}, bias, {str(dtype).removeprefix('torch.')}"
+            check(name, "ours in float32", *(call() for call in calls.values()), tolerance=0.05)
+            with torch.no_grad():
+                seconds = benchmark.medians(ours=partial(ours, *half), peer=partial(ours, *single))
+            benchmark.row(name, "forward", seconds, "ours, float32", work[0])
+            benchmark.row(name, "forward + backward", benchmark.medians(**calls), "ours, float32", sum(work))
+
+    B, L, D, H, radius = (1, 96, 32, 2, 7) if quick else (4, 4096, 512, 8, 127)
+    layer = LocalAttention(D, H, window=(radius, radius))
+    attention = flops(B, L, H, D // H, radius, radius)
+    work = tuple(n + projections * 8 * B * L * D * D for n, projections in zip(attention, (1, 2), strict=True))
+    case = f"nn.LocalAttention, B {B} L {L} D {D} H {H} window {layer.window}"
+    benchmark.compare_modules(case, layer, "layer of LongT5", LongT5Layer(layer, L), torch.randn(B, L, D), 1e-4, work)
 
 
 if __name__ == "__main__":

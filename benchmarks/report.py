@@ -7,7 +7,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 REPORT = FOLDER.parent / "docs" / "benchmarks.md"
-NAMES = ("long_conv", "diagonal", "s4", "local_attention", "state_space", "scan_or_fft", "lengths")
+NAMES = ("long_conv", "diagonal", "s4", "local_attention", "state_space", "scan_or_fft", "models", "lengths")
 
 
 def section(name: str, options: list[str]) -> str:

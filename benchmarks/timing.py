@@ -11,10 +11,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import spade_ext
 
@@ -39,6 +40,16 @@ def machine() -> str:
 def forward_backward(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     y = op(*inputs)
     return y, *torch.autograd.grad(y, inputs, grad)
+
+
+def check(case: str, peer_name: str, ours: Sequence[Tensor], peer: Sequence[Tensor], tolerance: float) -> None:
+    """Leaves unless the output and the gradients are the peer's. `tolerance`: how far any element may be from the
+    peer's, relative to the largest."""
+    for index, (a, b) in enumerate(zip(ours, peer, strict=True)):
+        error = ((a - b).abs().max() / b.abs().max()).item()
+        if not error <= tolerance:
+            name = f"gradient {index - 1}" if index else "output"
+            sys.exit(f"{case}: {name} is {error:.1e} from that of {peer_name}, expected at most {tolerance:.0e}")
 
 
 class Benchmark:
@@ -98,28 +109,55 @@ class Benchmark:
         inputs: Sequence[Tensor],
         flops: tuple[float, float],
         tolerance: float,
+        backward: bool = True,
     ) -> None:
-        """Prints ours against the peer. `flops`: of the forward and of the backward. `tolerance`: how far any element
-        of the output and of the gradients may be from the peer's, relative to the largest."""
-        inputs = [t.requires_grad_() for t in inputs]
+        """Prints ours against the peer. `flops`: of the forward and of the backward. `tolerance`: see `check`.
+        `backward`: False for a peer that has none."""
+        inputs = [t.detach().requires_grad_(backward) for t in inputs]
         with torch.no_grad():
-            grad = torch.randn_like(ours(*inputs))
-        pairs = zip(*(forward_backward(op, inputs, grad) for op in (ours, peer)), strict=True)
-        for index, (a, b) in enumerate(pairs):
-            name = f"gradient {index - 1}" if index else "output"
-            error = ((a - b).abs().max() / b.abs().max()).item()
-            if not error <= tolerance:
-                sys.exit(f"{case}: {name} is {error:.1e} from that of {peer_name}, expected at most {tolerance:.0e}")
-        del pairs, a, b
+            outputs = [[op(*inputs)] for op in (ours, peer)]
+            grad = torch.randn_like(outputs[0][0])
+        if backward:
+            outputs = [forward_backward(op, inputs, grad) for op in (ours, peer)]
+        check(case, peer_name, *outputs, tolerance)
+        del outputs
 
         read, written = sum(t.nbytes for t in inputs), grad.nbytes
         with torch.no_grad():
             seconds = self.medians(ours=lambda: ours(*inputs), peer=lambda: peer(*inputs))
         self.row(case, "forward", seconds, peer_name, flops[0], read + written)
-        seconds = self.medians(
-            ours=lambda: forward_backward(ours, inputs, grad), peer=lambda: forward_backward(peer, inputs, grad)
-        )
-        self.row(case, "forward + backward", seconds, peer_name, sum(flops), 3 * read + 2 * written)
+        if backward:
+            seconds = self.medians(
+                ours=lambda: forward_backward(ours, inputs, grad), peer=lambda: forward_backward(peer, inputs, grad)
+            )
+            self.row(case, "forward + backward", seconds, peer_name, sum(flops), 3 * read + 2 * written)
+
+    def compare_modules(
+        self,
+        case: str,
+        ours: nn.Module,
+        peer_name: str,
+        peer: nn.Module,
+        x: Tensor,
+        tolerance: float,
+        flops: tuple[float, float] = (0, 0),
+    ) -> None:
+        """`compare`, with the gradients of parameters in the time; those of x are checked."""
+        modules = {"ours": ours, "peer": peer}
+        x.requires_grad_()
+        with torch.no_grad():
+            grad = torch.randn_like(ours(x))
+        check(case, peer_name, *(forward_backward(module, [x], grad) for module in modules.values()), tolerance)
+        with torch.no_grad():
+            seconds = self.medians(**{side: partial(module, x) for side, module in modules.items()})
+        self.row(case, "forward", seconds, peer_name, flops[0])
+
+        def step(module: nn.Module) -> tuple[Tensor, ...]:
+            learned = [p for p in module.parameters() if p.requires_grad]
+            return forward_backward(lambda x, *_: module(x), [x, *learned], grad)
+
+        seconds = self.medians(**{side: partial(step, module) for side, module in modules.items()})
+        self.row(case, "forward + backward", seconds, peer_name, sum(flops))
 
     def compare_threads(self, case: str, ours: Op, inputs: Sequence[Tensor]) -> None:
         """Prints ours on 2 threads against ours on 1."""

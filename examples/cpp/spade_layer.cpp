@@ -34,30 +34,25 @@ struct S4 : torch::nn::Module {
 
 struct LocalAttention : torch::nn::Module {
   int64_t heads, left;
-  torch::nn::Linear q, k, v, o;
+  torch::nn::Linear qkv, o;
   torch::Tensor position;
 
   LocalAttention(int64_t width, int64_t heads_, int64_t left_)
-      : heads(heads_),
-        left(left_),
-        q(options(width)),
-        k(options(width)),
-        v(options(width)),
-        o(options(width)) {
-    register_module("q", q), register_module("k", k), register_module("v", v), register_module("o", o);
+      : heads(heads_), left(left_), qkv(options(width, 3 * width)), o(options(width, width)) {
+    register_module("qkv", qkv), register_module("o", o);
     auto bias = register_module("position", std::make_shared<torch::nn::Module>());
     position = bias->register_parameter("weight", torch::zeros({heads, 2 * left + 1}));
   }
 
-  static torch::nn::LinearOptions options(int64_t width) {
-    return torch::nn::LinearOptions(width, width).bias(false);
+  static torch::nn::LinearOptions options(int64_t width, int64_t outputs) {
+    return torch::nn::LinearOptions(width, outputs).bias(false);
   }
 
   torch::Tensor forward(const torch::Tensor& x) {
-    auto split = [&](torch::nn::Linear& linear) { return linear(x).unflatten(-1, {heads, -1}); };
+    const auto projected = qkv(x).unflatten(-1, {3, heads, -1}).unbind(2);
     const std::vector<int64_t> window{left, 0};
     const auto bias = position.slice(1, 0, left + 1);
-    return o(spade_ext::local_attention(split(q), split(k), split(v), bias, window).flatten(2));
+    return o(spade_ext::local_attention(projected[0], projected[1], projected[2], bias, window).flatten(2));
   }
 };
 

@@ -132,7 +132,8 @@ def _truncated(module: S4, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @convert_module.register
 def _(module: LocalAttention, published: Published) -> dict[str, Tensor]:
-    linears = published.take("q.weight", "k.weight", "v.weight", "o.weight")
+    qkv = torch.cat([published[f"{name}.weight"] for name in "qkv"])
+    linears = {"qkv.weight": qkv, **published.take("o.weight")}
     if module.position is None:
         return linears
     return linears | prefixed("position.", convert_module(module.position, published.below("relative_attention_bias.")))

@@ -22,6 +22,16 @@ at::Tensor local_attention(const at::Tensor& q, const at::Tensor& k, const at::T
                  dropout_p, dropout_seed);
 }
 
+at::Tensor local_attention_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                const std::optional<at::Tensor>& bias, const at::Tensor& k_cache,
+                                const at::Tensor& v_cache, const at::Tensor& position,
+                                std::optional<double> scale) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("spade_ext::local_attention_step", "")
+                             .typed<decltype(local_attention_step)>();
+  return op.call(q, k, v, bias, k_cache, v_cache, position, scale);
+}
+
 namespace local_attention_op {
 
 using local_attention_shapes::Options;
@@ -80,6 +90,13 @@ Grads backward_meta(const at::Tensor& grad_out, const at::Tensor& q, const at::T
                                          output_mask);
   return {empty_gradient(output_mask[0], q), empty_gradient(output_mask[1], k),
           empty_gradient(output_mask[2], v), empty_gradient(output_mask[3], bias)};
+}
+
+at::Tensor step_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                     const OptionalTensor& bias, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                     const at::Tensor& position, std::optional<double> scale) {
+  local_attention_shapes::check_step({q, k, v, bias, k_cache, v_cache, position}, scale);
+  return at::empty_symint({q.sym_size(0), q.sym_size(1), v.sym_size(2)}, q.options());
 }
 
 struct LocalAttentionFunction : torch::autograd::Function<LocalAttentionFunction> {
@@ -178,6 +195,25 @@ at::Tensor composite(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   return std::get<0>(forward({q, k, v, band, attention_mask, segment_ids, dropout_seed}, options));
 }
 
+at::Tensor step_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         const OptionalTensor& bias, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                         const at::Tensor& position, std::optional<double> scale) {
+  refuse_gradients(
+      "local_attention_step",
+      {{"q", q}, {"k", k}, {"v", v}, {"bias", bias}, {"k_cache", k_cache}, {"v_cache", v_cache}});
+  at::AutoDispatchBelowAutograd guard;
+  return local_attention_step(q, k, v, bias, k_cache, v_cache, position, scale);
+}
+
+at::Tensor step_inplace(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                        const OptionalTensor& bias, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                        const at::Tensor& position, std::optional<double> scale) {
+  const auto out = step_in_place(
+      k_cache, [&] { return local_attention_step(q, k, v, bias, k_cache, v_cache, position, scale); });
+  torch::autograd::impl::bump_version(v_cache);
+  return out;
+}
+
 template <c10::DeviceType device, c10::DispatchKey key>
 at::Tensor autocast(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& bias,
                     at::OptionalIntArrayRef window, std::optional<int64_t> chunk_size, bool causal,
@@ -189,6 +225,17 @@ at::Tensor autocast(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
   auto cast = [type](const auto& t) { return at::autocast::cached_cast(type, t, device); };
   return local_attention(cast(q), cast(k), cast(v), cast(bias), window, chunk_size, causal, attention_mask,
                          segment_ids, scale, activation, dropout_p, dropout_seed);
+}
+
+// The caches are written, so they cannot be cast copies.
+template <c10::DeviceType device, c10::DispatchKey key>
+at::Tensor step_autocast(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         const OptionalTensor& bias, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                         const at::Tensor& position, std::optional<double> scale) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const auto type = at::autocast::get_lower_precision_fp_from_device_type(device);
+  auto cast = [type](const auto& t) { return at::autocast::cached_cast(type, t, device); };
+  return local_attention_step(cast(q), cast(k), cast(v), cast(bias), k_cache, v_cache, position, scale);
 }
 
 TORCH_LIBRARY_FRAGMENT(spade_ext, m) {
@@ -209,11 +256,16 @@ TORCH_LIBRARY_FRAGMENT(spade_ext, m) {
       "SymInt left, SymInt right, int? chunk_size, float? scale, str activation, float dropout_p, "
       "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "local_attention_step(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor position, *, float? scale=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(spade_ext, Meta, m) {
   m.impl("local_attention_forward", forward_meta);
   m.impl("local_attention_backward", backward_meta);
+  m.impl("local_attention_step", step_meta);
 }
 
 TORCH_LIBRARY_IMPL(spade_ext, CompositeExplicitAutograd, m) { m.impl("local_attention", composite); }
@@ -222,14 +274,19 @@ TORCH_LIBRARY_IMPL(spade_ext, Autograd, m) {
   m.impl("local_attention", autograd);
   m.impl("local_attention_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("local_attention_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("local_attention_step", step_autograd);
 }
+
+TORCH_LIBRARY_IMPL(spade_ext, ADInplaceOrView, m) { m.impl("local_attention_step", step_inplace); }
 
 TORCH_LIBRARY_IMPL(spade_ext, AutocastCPU, m) {
   m.impl("local_attention", autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("local_attention_step", step_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
 }
 
 TORCH_LIBRARY_IMPL(spade_ext, AutocastCUDA, m) {
   m.impl("local_attention", autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("local_attention_step", step_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
 }
 
 }  // namespace local_attention_op

@@ -39,4 +39,15 @@ SPADE_EXT_API at::Tensor local_attention(const at::Tensor& q, const at::Tensor& 
                                          std::string_view activation = "softmax", double dropout_p = 0.0,
                                          const std::optional<at::Tensor>& dropout_seed = std::nullopt);
 
+// One token a row of a causal window (left, 0), without gradients. q (B, H, D), k (B, Hkv, D), v (B, Hkv, Dv)
+// and bias (H, left + 1) as above. k_cache (B, left + 1, Hkv, D) and v_cache (B, left + 1, Hkv, Dv) are
+// overwritten: slot p mod (left + 1) holds the key of position p. position (B), int64: how many tokens the
+// row had before this one; a row where it is negative has not begun, writes nothing and gives 0. Returns (B,
+// H, Dv), contiguous.
+SPADE_EXT_API at::Tensor local_attention_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                              const std::optional<at::Tensor>& bias,
+                                              const at::Tensor& k_cache, const at::Tensor& v_cache,
+                                              const at::Tensor& position,
+                                              std::optional<double> scale = std::nullopt);
+
 }  // namespace spade_ext

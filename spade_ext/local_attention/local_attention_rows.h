@@ -13,17 +13,19 @@
 
 namespace spade_ext::local_attention_cpu {
 
-// A (B, L, H, D) tensor with contiguous rows, read at its strides.
+// A (B, L, H, D) or (B, H, D) tensor with contiguous rows, read at its strides.
 template <class scalar_t>
 struct Rows {
   at::Tensor tensor;
   scalar_t* data;
 
   explicit Rows(const at::Tensor& t)
-      : tensor(t.stride(3) == 1 || t.size(3) == 1 ? t : t.contiguous()), data(tensor.data_ptr<scalar_t>()) {}
+      : tensor(t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous()),
+        data(tensor.data_ptr<scalar_t>()) {}
   scalar_t* at(int64_t b, int64_t l, int64_t h) const {
     return data + b * tensor.stride(0) + l * tensor.stride(1) + h * tensor.stride(2);
   }
+  scalar_t* at(int64_t b, int64_t h) const { return data + b * tensor.stride(0) + h * tensor.stride(1); }
   int64_t stride() const { return tensor.stride(1); }
 };
 

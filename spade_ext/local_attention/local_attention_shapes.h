@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <string_view>
+#include <tuple>
 #include <utility>
 
 namespace spade_ext::local_attention_shapes {
@@ -40,22 +41,29 @@ inline void check_of_keys(const char* name, const at::Tensor& t, const at::Tenso
   for (int64_t dim : {0, 1}) check_size(kOp, name, t, dim, k.sym_size(dim), "(B, Lk)");
 }
 
+inline void check_floating(const char* op, const at::Tensor& q) {
+  TORCH_CHECK_TYPE(at::isFloatingType(q.scalar_type()), op, ": q is ", q.scalar_type(),
+                   ", expected float64, float32, float16 or bfloat16");
+}
+
+inline void check_heads(const char* op, const c10::SymInt& H, const c10::SymInt& Hkv) {
+  TORCH_CHECK_VALUE(
+      Hkv.sym_gt(0).expect_true(__FILE__, __LINE__) && (H % Hkv).sym_eq(0).expect_true(__FILE__, __LINE__),
+      op, ": k has ", Hkv, " heads, expected a divisor of the ", H, " heads of q");
+}
+
 inline void check_tensors(const Tensors& t) {
   const auto& [q, k, v, bias, attention_mask, segment_ids, dropout_seed] = t;
   check_dim(kOp, "q", q, 4, "(B, Lq, H, D)");
   check_dim(kOp, "k", k, 4, "(B, Lk, Hkv, D)");
   check_dim(kOp, "v", v, 4, "(B, Lk, Hkv, Dv)");
-  TORCH_CHECK_TYPE(at::isFloatingType(q.scalar_type()), kOp, ": q is ", q.scalar_type(),
-                   ", expected float64, float32, float16 or bfloat16");
+  check_floating(kOp, q);
   check_like(kOp, "k", k, "q", q);
   check_like(kOp, "v", v, "q", q);
   check_size(kOp, "k", k, 0, q.sym_size(0), "(B, Lk, Hkv, D)");
   check_size(kOp, "k", k, 3, q.sym_size(3), "(B, Lk, Hkv, D)");
   for (int64_t dim : {0, 1, 2}) check_size(kOp, "v", v, dim, k.sym_size(dim), "(B, Lk, Hkv, Dv)");
-  const auto H = q.sym_size(2), Hkv = k.sym_size(2);
-  TORCH_CHECK_VALUE(
-      Hkv.sym_gt(0).expect_true(__FILE__, __LINE__) && (H % Hkv).sym_eq(0).expect_true(__FILE__, __LINE__),
-      kOp, ": k has ", Hkv, " heads, expected a divisor of the ", H, " heads of q");
+  check_heads(kOp, q.sym_size(2), k.sym_size(2));
   if (is_given(attention_mask)) {
     TORCH_CHECK_TYPE(attention_mask->scalar_type() == at::kBool, kOp, ": attention_mask is ",
                      attention_mask->scalar_type(), ", expected bool, true at real keys");
@@ -162,6 +170,53 @@ inline void check_backward(const at::Tensor& grad_out, const Tensors& t, const a
   TORCH_CHECK_TYPE(lse.scalar_type() == at::toOpMathType(q.scalar_type()), kOp, ": lse is ",
                    lse.scalar_type(), ", expected ", at::toOpMathType(q.scalar_type()));
   check_wanted(kOp, "bias", output_mask[3], t.bias);
+}
+
+struct StepTensors {
+  const at::Tensor &q, &k, &v;
+  const OptionalTensor& bias;
+  const at::Tensor &k_cache, &v_cache, &position;
+};
+
+inline void check_step(const StepTensors& t, std::optional<double> scale) {
+  constexpr const char *op = "local_attention_step", *letters = "(B, left + 1, Hkv, D)";
+  const auto& [q, k, v, bias, k_cache, v_cache, position] = t;
+  check_dim(op, "q", q, 3, "(B, H, D)");
+  check_dim(op, "k", k, 3, "(B, Hkv, D)");
+  check_dim(op, "v", v, 3, "(B, Hkv, Dv)");
+  check_dim(op, "k_cache", k_cache, 4, letters);
+  check_dim(op, "v_cache", v_cache, 4, "(B, left + 1, Hkv, Dv)");
+  check_floating(op, q);
+  for (const auto& [name, like_q] :
+       {std::pair("k", k), std::pair("v", v), std::pair("k_cache", k_cache), std::pair("v_cache", v_cache)})
+    check_like(op, name, like_q, "q", q);
+  check_size(op, "k", k, 0, q.sym_size(0), "(B, Hkv, D)");
+  check_size(op, "k", k, 2, q.sym_size(2), "(B, Hkv, D)");
+  for (int64_t dim : {0, 1}) check_size(op, "v", v, dim, k.sym_size(dim), "(B, Hkv, Dv)");
+  check_heads(op, q.sym_size(1), k.sym_size(1));
+  TORCH_CHECK_VALUE(k_cache.sym_size(1).sym_gt(0).expect_true(__FILE__, __LINE__), op, ": k_cache has shape ",
+                    shape_text(k_cache), ", expected at least 1 in dimension 1 of ", letters);
+  check_size(op, "v_cache", v_cache, 1, k_cache.sym_size(1), "(B, left + 1, Hkv, Dv)");
+  for (const auto& [name, cache, row] :
+       {std::tuple("k_cache", k_cache, k), std::tuple("v_cache", v_cache, v)}) {
+    check_size(op, name, cache, 0, row.sym_size(0), letters);
+    check_size(op, name, cache, 2, row.sym_size(1), letters);
+    check_size(op, name, cache, 3, row.sym_size(2), letters);
+  }
+  if (is_given(bias)) {
+    check_dim(op, "bias", *bias, 2, "(H, left + 1)");
+    check_like(op, "bias", *bias, "q", q);
+    check_size(op, "bias", *bias, 0, q.sym_size(1), "(H, left + 1)");
+    check_size(op, "bias", *bias, 1, k_cache.sym_size(1), "(H, left + 1)");
+  }
+  TORCH_CHECK_TYPE(position.scalar_type() == at::kLong, op, ": position is ", position.scalar_type(),
+                   ", expected int64");
+  TORCH_CHECK_VALUE(position.device() == q.device(), op, ": position is on ", position.device(),
+                    ", expected ", q.device(), ", the device of q");
+  check_dim(op, "position", position, 1, "(B,)");
+  check_size(op, "position", position, 0, q.sym_size(0), "(B,)");
+  TORCH_CHECK_VALUE(scale || q.sym_size(2).sym_gt(0).expect_true(__FILE__, __LINE__), op,
+                    ": scale is None with q of shape ", shape_text(q), ", expected a number where D is 0");
 }
 
 // The log-sum-exp of scores is kept in the type that sums are accumulated in.

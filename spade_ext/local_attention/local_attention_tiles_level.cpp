@@ -1,16 +1,11 @@
 // Compiled once a level, with CPU_CAPABILITY naming it. Everything stands in a namespace of that name: a
 // function that two levels shared could be taken from the wrong one and stop an older CPU.
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <spade_ext/local_attention/local_attention_tiles.h>
-
-#include <limits>
-#include <type_traits>
+#include <spade_ext/local_attention/local_attention_vectors.h>
 
 namespace spade_ext::CPU_CAPABILITY {
 namespace {
 
-using at::vec::Vectorized;
 using local_attention_math::Activation;
 
 #if defined(CPU_CAPABILITY_AVX512)
@@ -20,13 +15,6 @@ constexpr int kRows = 6;  // 12 of 16
 #else
 constexpr int kRows = 4;
 #endif
-
-template <class T>
-constexpr int64_t kLanes = Vectorized<T>::size();
-template <class T>
-constexpr int64_t kPanel = 2 * kLanes<T>;
-template <class T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 // A register tile of a product: `sum` of rows x count vectors.
 template <class T, int rows, int count>
@@ -103,24 +91,6 @@ void multiply_transposed(const T* a, const T* b, T* c, int64_t rows, int64_t n, 
   }
 }
 
-// Vectors of the type of sums from and to an array, whose tail is shorter than a vector.
-template <class scalar_t, class T>
-Vectorized<T> load_vector(const scalar_t* x, int64_t n) {
-  const int count = static_cast<int>(n < kLanes<T> ? n : kLanes<T>);
-  if constexpr (std::is_same_v<scalar_t, T>)
-    return Vectorized<T>::loadu(x, count);
-  else
-    return std::get<0>(at::vec::convert_to_float(Vectorized<scalar_t>::loadu(x, count)));
-}
-template <class scalar_t, class T>
-void store_vector(Vectorized<T> values, scalar_t* y, int64_t n) {
-  const int count = static_cast<int>(n < kLanes<T> ? n : kLanes<T>);
-  if constexpr (std::is_same_v<scalar_t, T>)
-    values.store(y, count);
-  else
-    at::vec::convert_from_float<scalar_t>(values, values).store(y, count);
-}
-
 // Rows of one head lie far apart, which the CPU's own prefetching does not see through: fetch the next
 // tile's.
 constexpr int64_t kRowsAhead = 64;
@@ -130,13 +100,13 @@ void load(const scalar_t* x, int64_t stride, const T* factor, int64_t rows, int6
   for (int64_t r = 0; r < rows; ++r) {
     const T weight = factor ? factor[r] : T(1);
     const scalar_t* ahead = x + (r + kRowsAhead) * stride;
-    for (int64_t d = 0; d < width; d += kLanes<T>) {
+    for (int64_t d = 0; d < width; d += kPanel<T>) {
       __builtin_prefetch(ahead + d, 0, 2);
-      T* y = panels + (d / kPanel<T> * rows + r) * kPanel<T> + d % kPanel<T>;
-      if (weight == 0)
-        Vectorized<T>(T(0)).store(y);
-      else
-        (load_vector<scalar_t, T>(x + r * stride + d, width - d) * Vectorized<T>(weight)).store(y);
+      T* y = panels + (d / kPanel<T> * rows + r) * kPanel<T>;
+      Pair<T> values;  // a row of factor 0 may be anything
+      if (weight != 0) values = load_pair<scalar_t, T>(x + r * stride + d, width - d);
+      (values.first * Vectorized<T>(weight)).store(y);
+      (values.second * Vectorized<T>(weight)).store(y + kLanes<T>);
     }
   }
 }
@@ -146,10 +116,11 @@ void store(const T* panels, int64_t panel_rows, const T* factor, int64_t rows, i
            int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
     const Vectorized<T> weight(factor ? factor[r] : T(1));
-    for (int64_t d = 0; d < width; d += kLanes<T>) {
-      const T* x = panels + (d / kPanel<T> * panel_rows + r) * kPanel<T> + d % kPanel<T>;
+    for (int64_t d = 0; d < width; d += kPanel<T>) {
+      const T* x = panels + (d / kPanel<T> * panel_rows + r) * kPanel<T>;
       __builtin_prefetch(y + (r + kRowsAhead) * stride + d, 1, 2);
-      store_vector(Vectorized<T>::loadu(x) * weight, y + r * stride + d, width - d);
+      const Pair<T> values{Vectorized<T>::loadu(x) * weight, Vectorized<T>::loadu(x + kLanes<T>) * weight};
+      store_pair(values, y + r * stride + d, width - d);
     }
   }
 }
@@ -188,33 +159,6 @@ void dots(const T* x, const T* y, int64_t rows, int64_t width, T* out) {
     out[r] = 0;
     for (T lane : lanes) out[r] += lane;
   }
-}
-
-template <class T>
-constexpr T factorial(int n) {
-  return n < 2 ? T(1) : n * factorial<T>(n - 1);
-}
-
-// For x up to 88, by x = n log 2 + r and Taylor's polynomial of exp(r). NaN stays; 0 below the normal
-// numbers.
-template <class T>
-C10_ALWAYS_INLINE Vectorized<T> exponential(Vectorized<T> x) {
-  using Vec = Vectorized<T>;
-  using Int = at::vec::int_same_size_t<T>;
-  constexpr bool single = std::is_same_v<T, float>;
-  constexpr int mantissa = single ? 23 : 52, degree = single ? 6 : 13;
-  constexpr T magic =
-      single ? 0x1.8p23 : 0x1.8p52;  // rounds to an integer, in its lowest bits, what it is added to
-  constexpr Int one = single ? 0x3f800000 : 0x3ff0000000000000;
-  x = at::vec::clamp_min(x, Vec(T(single ? -88 : -709)));
-  const Vec n = at::vec::fmadd(x, Vec(T(1.4426950408889634)), Vec(magic));
-  const Vec r = at::vec::fmadd(n - Vec(magic), Vec(T(-0.69314718055994531)), x);
-  constexpr auto coefficient = [](int k) { return T(1) / factorial<T>(k); };
-  Vec sum(coefficient(degree));
-#pragma GCC unroll 16
-  for (int k = degree - 1; k >= 0; --k) sum = at::vec::fmadd(sum, r, Vec(coefficient(k)));
-  const auto power = (at::vec::cast<Int>(n) << Vectorized<Int>(mantissa)) + Vectorized<Int>(one);
-  return sum * at::vec::cast<T>(power);
 }
 
 // Calls body(v, offset, score) for every vector of scores, bias added and -inf where not seen.

@@ -172,6 +172,16 @@ TEST_CASE("local_attention") {
                                                     "softmax", 0.5, torch::tensor(int64_t(3)));
     CHECK(is_close(dropped * 1.5, (dropped * 1.5).round()));  // 2/3 a key that is kept
   }
+  SECTION("values: a step overwrites the slot of the oldest token") {
+    const auto q = torch::zeros({1, 1, 2}, torch::kDouble),
+               k_cache = torch::ones({1, 3, 1, 2}, torch::kDouble);
+    const auto v_cache = v.clone(), position = torch::tensor({int64_t(4)});
+    const auto out =
+        spade_ext::local_attention_step(q, q, tensor({8}, {1, 1, 1}), {}, k_cache, v_cache, position);
+    CHECK(is_close(out, tensor({5}, {1, 1, 1})));
+    CHECK(is_close(v_cache, tensor({1, 8, 6}, {1, 3, 1, 1})));
+    CHECK(is_close(k_cache, tensor({1, 1, 0, 0, 1, 1}, {1, 3, 1, 2})));
+  }
   SECTION("gradient") {
     const auto q = torch::randn({2, 9, 4, 3}, torch::kDouble), k = torch::randn({2, 9, 2, 3}, torch::kDouble);
     const std::vector<int64_t> window{3, 2};

@@ -434,6 +434,59 @@ def local_attention_sample(
     )
 
 
+def local_attention_step_sample(
+    name: str, position: list[int] | Tensor, size=5, H=2, D=4, *, Hkv=None, Dv=None, with_bias=True, scale=None, **given
+) -> Sample:
+    """Without gradients. A row for each position; Hkv and Dv are H and D unless given; `given` replaces tensors."""
+    B, Hkv, Dv = len(position), H if Hkv is None else Hkv, D if Dv is None else Dv
+    values = {"q": constant(B, H, D), "k": constant(B, Hkv, D), "v": constant(B, Hkv, Dv)}
+    values |= {"bias": constant(H, size) if with_bias else None}
+    values |= {"k_cache": constant(B, size, Hkv, D), "v_cache": constant(B, size, Hkv, Dv)}
+    values |= {"position": torch.as_tensor(position, dtype=torch.long)} | given
+    return Sample(name, tuple(values.values()), {"scale": scale})
+
+
+def local_attention_step_samples() -> list[Sample]:
+    """Without gradients."""
+    torch.manual_seed(0)
+    sample = local_attention_step_sample
+    return [
+        sample("first_token", [0]),
+        sample("rows_begin_apart", [-3, -1, 0, 3, 4, 5, 12]),
+        sample("without_bias", [2, 9], with_bias=False),
+        sample("hidden_by_bias", [2, 9], bias=torch.full((2, 5), -math.inf, dtype=torch.float64)),
+        sample("window_of_itself", [0, 7], 1),
+        sample("wide", [300, 127, 128, 128 * 7 + 63], 128, D=64),
+        sample("wider_than_the_row", [70, 5], 400, H=3, D=17, Dv=33),
+        sample("grouped", [10, 3, 70], 65, H=6, Hkv=2, D=20, Dv=9),
+        sample("one_key_head", [70], 64, H=5, Hkv=1, D=150, Dv=67),
+        sample("one_channel", [20], 9, D=1, Dv=1),
+        sample("no_values", [3], Dv=0),
+        sample("no_channels", [3], D=0, Dv=2, scale=1.0),
+        sample("no_heads", [3], H=0, Hkv=1),
+        sample("empty_batch", []),
+        sample("scale", [3, 8], scale=0.3),
+        sample("large_scores", [8, 30], 20, scale=300.0),
+        sample(
+            "sliced",
+            torch.tensor([3, 0, 8])[::2],
+            q=constant(4, 2, 12)[::2, :, 4:8],
+            bias=constant(2, 9)[:, 2:7],
+            k_cache=constant(2, 10, 2, 8)[:, ::2, :, 2:6],
+        ),
+        sample("heads_before_tokens", [3, 8], **{f"{n}_cache": constant(2, 2, 5, 4).transpose(1, 2) for n in "kv"}),
+        sample(
+            "strided_rows",
+            [3, 8],
+            q=constant(2, 4, 2).mT,
+            v=constant(2, 4, 2).mT,
+            bias=constant(5, 2).mT,
+            v_cache=constant(2, 5, 4, 2).mT,
+        ),
+        sample("expanded", torch.tensor(8).expand(2), k=constant(4).expand(2, 2, 4)),
+    ]
+
+
 def padding(*real: tuple[int, int], length: int) -> Tensor:
     """A row for each (begin, end): True from begin to end."""
     position = torch.arange(length)

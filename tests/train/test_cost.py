@@ -20,7 +20,9 @@ B, L = 3, 50
 def model(**options):
     sizes = {"vocab_size": 16, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
     return SpadeForSequenceClassification(
-        SpadeConfig(**sizes, intermediate_size=40, window=(5, 3), ssm_d_state=8, ssm_layers=(0, 2), **options)
+        SpadeConfig(
+            **{**sizes, "intermediate_size": 40, "window": (5, 3), "ssm_d_state": 8, "ssm_layers": (0, 2), **options}
+        )
     )
 
 
@@ -65,6 +67,24 @@ def test_attention_is_that_of_the_readme(measured):
     pairs = B * 2 * sum(min(L, i + 4) - max(0, i - 5) for i in range(L))
     assert measured.forward["attention"] == len(layers) * pairs * (2 * 12 + 2 * 12)
     assert measured.backward["attention"] == len(layers) * pairs * (6 * 12 + 4 * 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "pairs", "widths"),
+    [
+        ({"mixer": "chunk", "chunk_size": 8}, 2 * (6 * 8 * 8 + 2 * 2), (12, 12)),
+        ({"mixer": "full"}, 2 * L * L, (12, 12)),
+        ({"mixer": "full", "causal": True}, 2 * L * (L + 1) // 2, (12, 12)),
+        ({"mixer": "mega", "position": "simple", "chunk_size": 8}, 6 * 8 * 8 + 2 * 2, (64, 40)),
+    ],
+    ids=["chunk", "full", "causal_full", "mega_chunk"],
+)
+def test_attention_of_other_mixers(options, pairs, widths):
+    with torch.device("meta"):
+        measured = cost.step_cost(model(**{"window": None, **options}), inputs("meta"))
+    (D, Dv), layers = widths, 3
+    assert measured.forward["attention"] == layers * B * pairs * (2 * D + 2 * Dv)
+    assert measured.backward["attention"] == layers * B * pairs * (6 * D + 4 * Dv)
 
 
 @pytest.mark.parametrize(

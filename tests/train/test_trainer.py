@@ -32,7 +32,7 @@ def test_options_of_parameters():
     module = model(ssm_lr=1e-4)
     options = options_by_name(module, parameter_groups(module, weight_decay=0.1))
     layer = "model.layers.0."
-    assert options[f"{layer}mixer.attention.q.weight"] == {"weight_decay": 0.1}
+    assert options[f"{layer}mixer.attention.qkv.weight"] == {"weight_decay": 0.1}
     assert options[f"{layer}mixer.ssm.C"] == {"weight_decay": 0.1}
     assert options[f"{layer}mixer.ssm.B"] == {"weight_decay": 0.0, "lr": 1e-4}
     assert options[f"{layer}mixer.ssm.log_dt"] == {"weight_decay": 0.0}

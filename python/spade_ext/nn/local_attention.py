@@ -1,10 +1,14 @@
 """The attention layer of SPADE: multi-head attention over a window."""
 
+import math
+from typing import Any, Literal
+
+import torch
 from torch import Tensor, nn
 
 from ..ops import local_attention
 from .mask import real_tokens
-from .position import Position, build_position_bias
+from .position import Position, build_position_bias, rotate, row_table
 
 
 class LocalAttention(nn.Module):
@@ -13,10 +17,14 @@ class LocalAttention(nn.Module):
     Args:
         d_model: width D.
         n_heads: heads H; H divides D, scores are scaled by 1 / sqrt(D / H).
-        window: (left, right) in tokens; right = 0 is causal.
-        position: the relative position bias, "t5", "alibi", "simple" or "rotary", or None for none. "simple" has a
-            number for each offset in the window, "rotary" vectors of size D / H.
+        window: (left, right) in tokens; right = 0 is causal. None is the whole row, or
+        chunk_size: a token sees its chunk of so many tokens; the grid starts at the first real token.
+        causal: no token sees a later one, in a row or a chunk.
+        position: the relative position bias, "t5", "alibi", "simple" or "rotary"; "rope", which rotates queries and
+            keys; or None for none. "simple" has a number for each offset, "rotary" vectors of size D / H.
         num_buckets, max_distance: of "t5", see `RelativePositionBias`.
+        max_positions: longest row of "simple" without a window and a chunk.
+        dropout: of the attention's weights.
 
     Source: SPADE (arXiv 2212.08136), section 3.2.
     """
@@ -26,29 +34,44 @@ class LocalAttention(nn.Module):
         d_model: int,
         n_heads: int,
         *,
-        window: tuple[int, int],
-        position: Position | None = "t5",
+        window: tuple[int, int] | None = None,
+        chunk_size: int | None = None,
+        causal: bool = False,
+        position: Position | Literal["rope"] | None = "t5",
         num_buckets: int = 32,
         max_distance: int = 128,
+        max_positions: int = 1024,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if d_model < 1:
             raise ValueError(f"d_model is {d_model}, expected at least 1")
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}, expected a divisor of d_model = {d_model}")
-        if len(window) != 2 or not all(isinstance(side, int) and side >= 0 for side in window):
-            raise ValueError(f"window is {window}, expected (left, right), both ints of 0 or more")
+        if window is not None:
+            if len(window) != 2 or not all(isinstance(side, int) and side >= 0 for side in window):
+                raise ValueError(f"window is {window}, expected (left, right), both ints of 0 or more")
+            if causal and window[1] > 0:
+                raise ValueError(f"window is {window}, expected a right of 0, since causal is True")
+            if chunk_size is not None:
+                raise ValueError(f"chunk_size is {chunk_size}, expected None beside a window")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
         self.d_model = d_model
         self.n_heads = n_heads
-        self.window = tuple(window)
-        self.q = nn.Linear(d_model, d_model, bias=False)
-        self.k = nn.Linear(d_model, d_model, bias=False)
-        self.v = nn.Linear(d_model, d_model, bias=False)
+        self.window = None if window is None else tuple(window)
+        self.chunk_size = chunk_size
+        self.causal = causal or (window is not None and window[1] == 0)
+        self.dropout = dropout
+        self.rope = position == "rope"
+        if self.rope and d_model // n_heads % 2:
+            raise ValueError(f"position is 'rope', expected another one for heads of odd width {d_model // n_heads}")
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.o = nn.Linear(d_model, d_model, bias=False)
         self.position = build_position_bias(
-            position,
+            None if self.rope else position,
             n_heads,
-            max_positions=max(window) + 1,
+            max_positions=chunk_size or (max(window) + 1 if window else max_positions),
             dim=d_model // n_heads,
             num_buckets=num_buckets,
             max_distance=max_distance,
@@ -56,16 +79,22 @@ class LocalAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier uniform, of gain 1 / sqrt(2) for q, k and v."""
-        for linear in (self.q, self.k, self.v):
-            nn.init.xavier_uniform_(linear.weight, gain=2**-0.5)
+        """Xavier uniform of each (D, D) projection, of gain 1 / sqrt(2) for q, k and v."""
+        # As a whole: transformers marks loaded weights, not slices of them, to be left alone.
+        bound = math.sqrt(1.5 / self.d_model)
+        nn.init.uniform_(self.qkv.weight, -bound, bound)
         nn.init.xavier_uniform_(self.o.weight)
         if self.position is not None:
             self.position.reset_parameters()
 
-    def position_bias(self) -> Tensor | None:
-        """This layer's table (H, left + right + 1), which other layers may share."""
-        return None if self.position is None else self.position(*self.window)
+    def position_bias(self, length: int | None = None) -> Tensor | None:
+        """This layer's table, which other layers may share: (H, left + right + 1) or of a chunk (H, 2 chunk_size - 1);
+        of rows of `length` tokens (H, 2 length - 1)."""
+        if self.position is None:
+            return None
+        if self.window is not None:
+            return self.position(*self.window)
+        return row_table(self.position, self.chunk_size or length, causal=self.causal)
 
     def forward(
         self,
@@ -74,12 +103,12 @@ class LocalAttention(nn.Module):
         position_bias: Tensor | None = None,
         segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """Attend within the window.
+        """Attend within the window, the chunk or the row.
 
         Args:
             x: (B, L, D).
             attention_mask: (B, L), True or 1 at real tokens.
-            position_bias: (H, left + right + 1), replaces this layer's own.
+            position_bias: like this layer's own, which it replaces.
             segment_ids: (B, L), ints; a token sees its own segment only.
 
         Returns:
@@ -88,20 +117,33 @@ class LocalAttention(nn.Module):
         if x.dim() != 3 or x.size(-1) != self.d_model:
             raise ValueError(f"x has shape {list(x.shape)}, expected (B, L, {self.d_model})")
         if position_bias is None:
-            position_bias = self.position_bias()
-        q, k, v = (linear(x).unflatten(-1, (self.n_heads, -1)) for linear in (self.q, self.k, self.v))
+            position_bias = self.position_bias(x.size(1))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
+        if self.rope:
+            q, k = rotate(q), rotate(k)
         if position_bias is not None:
             position_bias = position_bias.to(q.dtype)
-        out = local_attention(
+        out = self.attention(
             q,
             k,
             v,
             position_bias,
             window=self.window,
+            chunk_size=self.chunk_size,
+            causal=self.causal,
             attention_mask=real_tokens(attention_mask, x),
             segment_ids=segment_ids,
+            **self.dropout_options(),
         )
         return self.o(out.flatten(-2))
 
+    attention = staticmethod(local_attention)
+
+    def dropout_options(self) -> dict[str, Any]:
+        if self.dropout == 0 or not self.training:
+            return {}
+        return {"dropout_p": self.dropout, "dropout_seed": torch.randint(2**62, (), device="cpu")}
+
     def extra_repr(self) -> str:
-        return f"n_heads={self.n_heads}, window={self.window}"
+        reach = {"window": self.window, "chunk_size": self.chunk_size, "causal": self.causal or None}
+        return f"n_heads={self.n_heads}" + "".join(f", {name}={value}" for name, value in reach.items() if value)

@@ -9,7 +9,12 @@ from .diagonal import (
     diagonal_step,
     diagonal_step_ref,
 )
-from .local_attention import local_attention, local_attention_ref
+from .local_attention import (
+    local_attention,
+    local_attention_ref,
+    local_attention_step,
+    local_attention_step_ref,
+)
 from .long_conv import long_conv, long_conv_ref
 from .s4 import s4_kernel, s4_kernel_ref, s4_state, s4_state_ref, s4_step, s4_step_ref
 
@@ -22,6 +27,8 @@ __all__ = [
     "diagonal_step_ref",
     "local_attention",
     "local_attention_ref",
+    "local_attention_step",
+    "local_attention_step_ref",
     "long_conv",
     "long_conv_ref",
     "s4_kernel",

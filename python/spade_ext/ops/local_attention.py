@@ -149,6 +149,75 @@ def local_attention_ref(
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
+def local_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    r"""One token a row of `local_attention` with the window (left, 0), without gradients.
+
+    The caches are rings that hold the last left + 1 keys and values of each row, however long it gets: slot
+    ``p % (left + 1)`` those of position p. The token's own are written first, then every key is read once. A row of
+    fewer tokens sees what there is; slots that it has not reached are not read.
+
+    * After a prompt of L tokens the ring is ``keys[:, -(left + 1):].roll(L % (left + 1), dims=1)``, or, of a shorter
+      prompt, has the keys in its first L slots. Where rows have n (B,) tokens, padding before them, slot s holds token
+      ``n - 1 - (n - 1 - s) % (left + 1)`` where that is 0 or more.
+    * Beams are reordered by index_select of caches and position.
+    * Chunks of c tokens: a ring of c slots, ``bias[:, :c]`` and ``position % c``.
+
+    Args:
+        q: (B, H, D), float64, float32, float16 or bfloat16, any strides.
+        k: (B, Hkv, D); Hkv divides H, query head h reads key head h // (H / Hkv).
+        v: (B, Hkv, Dv).
+        bias: (H, left + 1), entry left for the token itself.
+        k_cache: (B, left + 1, Hkv, D), overwritten (by way of a copy where rows are not contiguous). In a function that
+            is compiled with dynamic shapes pass a whole tensor: of a view that is taken there, torch writes the wrong
+            part.
+        v_cache: (B, left + 1, Hkv, Dv), likewise.
+        position: (B,), int64: how many tokens the row had before this one. Where it is negative the row has not begun:
+            it writes nothing and gives 0.
+        scale: 1 / sqrt(D) unless given, which D = 0 needs.
+
+    Returns:
+        (B, H, Dv), contiguous.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device that does not fit, named in one sentence.
+        NotImplementedError: an argument requires a gradient while gradients are recorded.
+    """
+    return torch.ops.spade_ext.local_attention_step(q, k, v, bias, k_cache, v_cache, position, scale=scale)
+
+
+def local_attention_step_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """`local_attention_step` as attention to the keys in the order of their positions."""
+    row, size = torch.arange(q.size(0), device=q.device)[:, None], k_cache.size(1)
+    begun = position >= 0
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache[row[begun, 0], position[begun] % size] = new[begun]
+    positions = position[:, None] + torch.arange(1 - size, 1, device=q.device)
+    seen = positions >= 0
+    keys, values = (cache[row, positions % size].masked_fill(~seen[..., None, None], 0) for cache in (k_cache, v_cache))
+    out = local_attention_ref(q[:, None], keys, values, bias, window=(size - 1, 0), attention_mask=seen, scale=scale)
+    return out.squeeze(1)
+
+
 def _keep(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
     """Which weights dropout keeps: output number n of splitmix64, n the place in the tensor, is p 2^64 or more."""
 
