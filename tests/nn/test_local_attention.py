@@ -226,3 +226,107 @@ def test_initial_weights_are_xavier_uniform():
         weight, bound = weights[name], gain * (6 / 512) ** 0.5
         assert 0.999 * bound < weight.abs().max() <= bound, name
         assert abs(weight.std() * 3**0.5 / bound - 1) < 0.02, name
+
+
+def by_steps(layer, x, state):
+    return torch.stack([layer.step(token, state) for token in x.unbind(1)], dim=1)
+
+
+@pytest.mark.parametrize("left", [0, 3, 20])
+@pytest.mark.parametrize("position", [*POSITIONS, "rope"])
+def test_steps_are_the_forward(left, position):
+    layer = nn.LocalAttention(8, 2, window=(left, 0), position=position).double()
+    x = torch.randn(2, 12, 8, dtype=torch.float64)
+    torch.testing.assert_close(by_steps(layer, x, layer.initial_state(2)), layer(x))
+
+
+@pytest.mark.parametrize("left", [0, 3, 20])
+@pytest.mark.parametrize("lengths", [(1, 11), (5, 0, 2, 1, 4), (12,)], ids=str)
+@pytest.mark.parametrize("position", ["t5", "rope"])
+def test_pieces_with_a_state_are_the_forward(left, lengths, position):
+    layer = nn.LocalAttention(8, 2, window=(left, 0), position=position).double()
+    x = torch.randn(2, 16, 8, dtype=torch.float64)
+    state, outputs = layer.initial_state(2), []
+    for piece in x[:, :12].split(lengths, dim=1):
+        before = [t.clone() for t in state]
+        y, after = layer(piece, state=state)
+        assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+        outputs, state = [*outputs, y], after
+    outputs.append(by_steps(layer, x[:, 12:], state))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("left", [0, 3, 20])
+@pytest.mark.parametrize("position", ["t5", "rope"])
+def test_a_state_after_padding(left, side, position):
+    """Rows of 9, 4 and 0 real tokens, then 5 of NaN and 2 real ones, then steps."""
+    layer, lengths = nn.LocalAttention(8, 2, window=(left, 0), position=position).double(), [9, 4, 0]
+    x = torch.randn(3, 15, 8, dtype=torch.float64)
+    garbage = torch.full((3, 9, 8), torch.nan, dtype=torch.float64)
+    state = layer.initial_state(3)
+    rows = [x[i, :n] for i, n in enumerate(lengths)]
+    prompt, mask = garbage.clone(), torch.zeros(3, 9, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(9 - len(row), 9) if side == "left" else slice(len(row))
+        prompt[i, place], mask[i, place] = row, 1
+    first, state = layer(prompt, mask, state=state)
+    more = torch.cat([garbage[:, :5], x[:, 9:11]] if side == "left" else [x[:, 9:11], garbage[:, :5]], dim=1)
+    mask_of_more = torch.tensor([[0] * 5 + [1] * 2] * 3)
+    mask_of_more = mask_of_more if side == "left" else mask_of_more.flip(1)
+    second, state = layer(more, mask_of_more, state=state)
+    last = by_steps(layer, x[:, 11:], state)
+    assert state[2].tolist() == [n + 6 for n in lengths]
+    for i, row in enumerate(rows):
+        found = torch.cat([first[i][mask[i].bool()], second[i][mask_of_more[i].bool()], last[i]])
+        torch.testing.assert_close(found, layer(torch.cat([row, x[i, 9:]])[None])[0])
+
+
+def test_a_state_is_plain_tensors():
+    """Beams: rows are taken by index_select."""
+    layer = nn.LocalAttention(8, 2, window=(3, 0)).double()
+    x, beams = torch.randn(3, 9, 8, dtype=torch.float64), torch.tensor([2, 0, 0])
+    _, state = layer(x[:, :6], state=layer.initial_state(3))
+    state = tuple(t.index_select(0, beams) for t in state)
+    torch.testing.assert_close(by_steps(layer, x[beams][:, 6:], state), layer(x)[beams][:, 6:])
+
+
+def test_a_shared_table_in_steps():
+    layer = nn.LocalAttention(8, 2, window=(3, 0), position=None).double()
+    x, table = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    state = layer.initial_state(2)
+    stepped = torch.stack([layer.step(token, state, table) for token in x.unbind(1)], dim=1)
+    torch.testing.assert_close(stepped, layer(x, position_bias=table))
+
+
+def test_gradients_pass_through_a_state():
+    layer = nn.LocalAttention(8, 2, window=(3, 0)).double()
+    x = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+    _, state = layer(x[:, :6], state=layer.initial_state(2))
+    pieces = layer(x[:, 6:], state=state)[0]
+    found, expected = (torch.autograd.grad(y.square().sum(), x)[0] for y in (pieces, layer(x)[:, 6:]))
+    torch.testing.assert_close(found, expected)
+
+
+def test_errors_of_a_state():
+    x = torch.zeros(2, 5, 8)
+    two_sided = nn.LocalAttention(8, 2, window=(2, 1))
+    for call in (
+        lambda: two_sided.initial_state(2),
+        lambda: two_sided.step(x[:, 0], ()),
+        lambda: two_sided(x, state=()),
+    ):
+        with pytest.raises(ValueError, match=r"^window is \(2, 1\), expected \(left, 0\) for a state"):
+            call()
+    layer = nn.LocalAttention(8, 2, window=(2, 0))
+    state = layer.initial_state(2)
+    with pytest.raises(ValueError, match=r"^x has shape \[2, 5, 8\], expected \(B, 8\)$"):
+        layer.step(x, state)
+    with pytest.raises(
+        ValueError, match=r"^state has keys \[3, 3, 2, 4\] of torch.float32, expected \[2, 3, 2, 4\] of"
+    ):
+        layer(x, state=layer.initial_state(3))
+    with pytest.raises(ValueError, match=r"^segment_ids is given, expected None where a state is$"):
+        layer(x, segment_ids=torch.zeros(2, 5, dtype=torch.long), state=state)
+    with pytest.raises(ValueError, match=r"^attention_mask has padding between real tokens, expected it at the ends"):
+        layer(x, torch.tensor([[1, 0, 1, 1, 1]] * 2), state=state)

@@ -1,4 +1,12 @@
-"""`attn_implementation="spade_local"`: local_attention in Hugging Face models. Importing this registers it.
+"""`attn_implementation="spade_local"`: local_attention in Hugging Face models. Importing this registers it::
+
+    import spade_ext.models
+
+    model = AutoModel.from_pretrained("answerdotai/ModernBERT-base", attn_implementation="spade_local")
+
+For layers with a sliding window, chunks or full attention, with grouped queries, padding, packed documents
+(`position_ids`), caches and dropout. Models whose scores are capped or biased, or whose softmax has sinks, are refused,
+as are masks that are not made of an `attention_mask` (B, L).
 
 A model asks the mask function once a forward for each kind of its layers, and hands what it returned to the attention
 function of each layer. Here that is a `Band`, which says in O(B L) numbers what a dense mask says in O(B L L).

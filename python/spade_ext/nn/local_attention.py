@@ -5,10 +5,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from ..ops import local_attention
+from ..ops import local_attention, local_attention_step
 from .mask import real_tokens
 from .position import Position, build_position_bias, rotate, row_table
+
+# The last left + 1 keys and values of each row, (B, left + 1, H, D / H), and how many tokens the row has had, (B,).
+# Tensors that are cloned, moved, index_selected or saved like any others; see `spade_ext.ops.local_attention_step`.
+State = tuple[Tensor, Tensor, Tensor]
 
 
 class LocalAttention(nn.Module):
@@ -102,27 +107,37 @@ class LocalAttention(nn.Module):
         attention_mask: Tensor | None = None,
         position_bias: Tensor | None = None,
         segment_ids: Tensor | None = None,
-    ) -> Tensor:
+        state: State | None = None,
+    ) -> Tensor | tuple[Tensor, State]:
         """Attend within the window, the chunk or the row.
 
         Args:
             x: (B, L, D).
             attention_mask: (B, L), True or 1 at real tokens.
             position_bias: like this layer's own, which it replaces.
-            segment_ids: (B, L), ints; a token sees its own segment only.
+            segment_ids: (B, L), ints; a token sees its own segment only. Not with a state.
+            state: of the tokens before; not changed. Padding then is at the ends of rows. See `initial_state`.
 
         Returns:
-            (B, L, D).
+            (B, L, D); where a state is given, also the state after each row's last real token.
         """
         if x.dim() != 3 or x.size(-1) != self.d_model:
             raise ValueError(f"x has shape {list(x.shape)}, expected (B, L, {self.d_model})")
         if position_bias is None:
             position_bias = self.position_bias(x.size(1))
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
+        mask = real_tokens(attention_mask, x)
+        if state is not None:
+            self.check_has_states()
+            if segment_ids is not None:
+                raise ValueError("segment_ids is given, expected None where a state is")
         if self.rope:
-            q, k = rotate(q), rotate(k)
+            places = None if state is None else state[2][:, None] + places_from_first(x, mask)
+            q, k = rotate(q, places), rotate(k, places)
         if position_bias is not None:
             position_bias = position_bias.to(q.dtype)
+        if state is not None:
+            k, v, mask, state = continued(state, k, v, mask)
         out = self.attention(
             q,
             k,
@@ -131,10 +146,29 @@ class LocalAttention(nn.Module):
             window=self.window,
             chunk_size=self.chunk_size,
             causal=self.causal,
-            attention_mask=real_tokens(attention_mask, x),
+            attention_mask=mask,
             segment_ids=segment_ids,
             **self.dropout_options(),
         )
+        y = self.o(out.flatten(-2))
+        return y if state is None else (y, state)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: State, position_bias: Tensor | None = None) -> Tensor:
+        """One token, x (B, D): returns y (B, D) and updates state in place. No gradient."""
+        self.check_has_states()
+        if x.dim() != 2 or x.size(-1) != self.d_model:
+            raise ValueError(f"x has shape {list(x.shape)}, expected (B, {self.d_model})")
+        if position_bias is None:
+            position_bias = self.position_bias()
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
+        keys, values, position = state
+        if self.rope:
+            q, k = (rotate(t[:, None], position[:, None]).squeeze(1) for t in (q, k))
+        if position_bias is not None:
+            position_bias = position_bias.to(q.dtype)
+        out = local_attention_step(q, k, v, position_bias, keys, values, position)
+        position += 1
         return self.o(out.flatten(-2))
 
     attention = staticmethod(local_attention)
@@ -144,6 +178,55 @@ class LocalAttention(nn.Module):
             return {}
         return {"dropout_p": self.dropout, "dropout_seed": torch.randint(2**62, (), device="cpu")}
 
+    def initial_state(self, batch_size: int) -> State:
+        """That before the first token, of constant size however many follow."""
+        self.check_has_states()
+        weight, left = self.qkv.weight, self.window[0]
+        shape = batch_size, left + 1, self.n_heads, self.d_model // self.n_heads
+        keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        return keys, values, torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+
+    def check_has_states(self) -> None:
+        if self.window is None or self.window[1] > 0:
+            raise ValueError(f"window is {self.window}, expected (left, 0) for a state")
+
     def extra_repr(self) -> str:
         reach = {"window": self.window, "chunk_size": self.chunk_size, "causal": self.causal or None}
         return f"n_heads={self.n_heads}" + "".join(f", {name}={value}" for name, value in reach.items() if value)
+
+
+def places_from_first(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, L) of x (B, L, ...): 0 at a row's first real token, negative before it."""
+    places = torch.arange(x.size(1), device=x.device).expand(x.shape[:2])
+    return places if mask is None else places - (mask.cumsum(1) == 0).sum(1, keepdim=True)
+
+
+def continued(state: State, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, State]:
+    """Keys and values (B, L, H, D) behind those of state, with the mask of both, and the state after them.
+
+    A row's tokens have numbers, from 0; those of the state come right before the first real one of k and v.
+    """
+    keys, values, position = state
+    B, size = keys.shape[:2]
+    if k.shape != (B, k.size(1), *keys.shape[2:]) or keys.dtype != k.dtype:
+        raise ValueError(
+            f"state has keys {list(keys.shape)} of {keys.dtype}, expected [{k.size(0)}, {size}, {k.size(2)}, "
+            f"{k.size(3)}] of {k.dtype}"
+        )
+    row = torch.arange(B, device=k.device)[:, None]
+    real = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if mask is None else mask
+    first = (real.cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1), L where there is none
+    count = real.sum(1, keepdim=True)
+    place = torch.arange(size + k.size(1), device=k.device)
+    number = position[:, None] + place - size - first  # (B, left + 1 + L)
+    new = place >= size + first
+    if not torch.equal(new & (place < size + first + count), new & pad(real, (size, 0))):
+        raise ValueError("attention_mask has padding between real tokens, expected it at the ends of rows with a state")
+    seen = (number >= 0) & (number >= position[:, None] - size) & (~new | pad(real, (size, 0)))
+    source = torch.where(new, place, number % size)
+    k, v = (torch.cat([old, t], dim=1)[row, source] for old, t in ((keys, k), (values, v)))
+
+    after = position[:, None] + count
+    last = after - 1 - (after - 1 - torch.arange(size, device=k.device)) % size  # number of the token of each slot
+    held = (last - position[:, None] + size + first).clamp(min=0)
+    return k, v, seen, (k[row, held], v[row, held], after.squeeze(1))

@@ -153,15 +153,18 @@ def frequencies(n: int, device: torch.device) -> Tensor:
     return 10000 ** (-torch.arange(n, dtype=torch.float64, device=device) / n)
 
 
-def rotate(x: Tensor) -> Tensor:
+def rotate(x: Tensor, places: Tensor | None = None) -> Tensor:
     """Rotary embedding: coordinates i and i + D / 2 of x (B, L, H, D), D even, turned by the token's place in its row.
+
+    places: (B, L), 0 to L - 1 unless given.
 
     Products of rotated queries and keys depend on their distance alone, so that padding and packing change nothing.
 
     Source: RoFormer (arXiv 2104.09864), with the pairs of GPT-NeoX.
     """
-    places = torch.arange(x.size(1), dtype=torch.float64, device=x.device)
-    angles = places[:, None, None] * frequencies(x.size(-1) // 2, x.device)  # (L, 1, D / 2)
+    if places is None:
+        places = torch.arange(x.size(1), device=x.device)
+    angles = places.double()[..., None, None] * frequencies(x.size(-1) // 2, x.device)  # ([B,] L, 1, D / 2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

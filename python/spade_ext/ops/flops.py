@@ -153,3 +153,10 @@ def s4_step(u: Shape, p: Shape, c: Shape, **rest: Any) -> int:
 @formula
 def diagonal_step(u: Shape, c: Shape, **rest: Any) -> int:
     return diagonal_scan(u=[*u, 1], c=c)
+
+
+@formula
+def local_attention_step(q: Shape, v: Shape, k_cache: Shape, **rest: Any) -> int:
+    """Of a full ring."""
+    B, H, D = q
+    return 2 * (D + v[-1]) * B * H * k_cache[1]
