@@ -15,17 +15,22 @@ void products(const T* q, const scalar_t* k, int64_t stride, int64_t n, int64_t 
     const scalar_t* row[lanes];
     Vectorized<T> sum[lanes];
 #pragma GCC unroll 16
-    for (int64_t l = 0; l < lanes; ++l)
-      row[l] = k + (j + l < n ? j + l : n - 1) * stride, sum[l] = Vectorized<T>(T(0));
-    for (int64_t d = 0; d < D; d += kPanel<T>) {
-      const Pair<T> query{Vectorized<T>::loadu(q + d), Vectorized<T>::loadu(q + d + lanes)};
+    for (int64_t l = 0; l < lanes; ++l) {
+      row[l] = k + (j + l < n ? j + l : n - 1) * stride;
+      sum[l] = Vectorized<T>(T(0));
+    }
+    auto add = [&](int64_t d, const auto& load) {
+      const Pair<T> query = load_pair(q + d);
 #pragma GCC unroll 16
       for (int64_t l = 0; l < lanes; ++l) {
-        const Pair<T> key = load_pair(row[l] + d, D - d);
+        const Pair<T> key = load(row[l] + d);
         __builtin_prefetch(row[l] + kKeys * stride + d);
         sum[l] = at::vec::fmadd(query.second, key.second, at::vec::fmadd(query.first, key.first, sum[l]));
       }
-    }
+    };
+    int64_t d = 0;
+    for (; d + kPanel<T> <= D; d += kPanel<T>) add(d, [](const scalar_t* x) { return load_pair(x); });
+    if (d < D) add(d, [&](const scalar_t* x) { return load_pair(x, D - d); });
     T rows[lanes * lanes], columns[lanes * lanes];
 #pragma GCC unroll 16
     for (int64_t l = 0; l < lanes; ++l) sum[l].store(rows + l * lanes);
@@ -70,30 +75,29 @@ T weights(T* scores, int64_t n, const scalar_t* bias, T& largest, T& total) {
   return factor;
 }
 
-// out = factor out + sum_j weight_j v_j, of `pairs` pairs of vectors, or, of one, the `width` first numbers.
-template <int pairs, class scalar_t, class T = at::opmath_type<scalar_t>>
-void add_values(const T* weight, T factor, const scalar_t* v, int64_t stride, int64_t n, int64_t width,
-                T* out) {
+// out = factor out + sum_j weight_j v_j, in `pairs` pairs of vectors that load(v_j + d) returns.
+template <int pairs, class scalar_t, class T, class Load>
+void add_values(const T* weight, T factor, const scalar_t* v, int64_t stride, int64_t n, T* out,
+                const Load& load) {
   Pair<T> sum[pairs];
 #pragma GCC unroll 4
   for (int p = 0; p < pairs; ++p) {
-    sum[p].first = Vectorized<T>::loadu(out + p * kPanel<T>) * Vectorized<T>(factor);
-    sum[p].second = Vectorized<T>::loadu(out + p * kPanel<T> + kLanes<T>) * Vectorized<T>(factor);
+    sum[p] = load_pair(out + p * kPanel<T>);
+    sum[p].first = sum[p].first * Vectorized<T>(factor),
+    sum[p].second = sum[p].second * Vectorized<T>(factor);
   }
   for (int64_t j = 0; j < n; ++j, v += stride) {
     const Vectorized<T> w(weight[j]);
 #pragma GCC unroll 4
     for (int p = 0; p < pairs; ++p) {
-      const Pair<T> values = load_pair(v + p * kPanel<T>, pairs > 1 ? kPanel<T> : width);
+      const Pair<T> values = load(v + p * kPanel<T>);
       __builtin_prefetch(v + kKeys * stride + p * kPanel<T>);
       sum[p].first = at::vec::fmadd(w, values.first, sum[p].first);
       sum[p].second = at::vec::fmadd(w, values.second, sum[p].second);
     }
   }
 #pragma GCC unroll 4
-  for (int p = 0; p < pairs; ++p) {
-    sum[p].first.store(out + p * kPanel<T>), sum[p].second.store(out + p * kPanel<T> + kLanes<T>);
-  }
+  for (int p = 0; p < pairs; ++p) store_pair(sum[p], out + p * kPanel<T>, kPanel<T>);
 }
 
 template <class scalar_t, class T = at::opmath_type<scalar_t>>
@@ -109,10 +113,15 @@ void add(const LocalAttentionRun<scalar_t>& run, const LocalAttentionSums<T>& su
       const scalar_t* v = run.v + begin * run.v_stride;
       T* out = sums.out + g * sums.out_stride;
       int64_t d = 0;
+      auto whole = [](const scalar_t* x) { return load_pair(x); };
       for (; d + kPairs * kPanel<T> <= run.Dv; d += kPairs * kPanel<T>)
-        add_values<kPairs>(scores, factor, v + d, run.v_stride, n, run.Dv - d, out + d);
-      for (; d < run.Dv; d += kPanel<T>)
-        add_values<1>(scores, factor, v + d, run.v_stride, n, run.Dv - d, out + d);
+        add_values<kPairs>(scores, factor, v + d, run.v_stride, n, out + d, whole);
+      for (; d + kPanel<T> <= run.Dv; d += kPanel<T>)
+        add_values<1>(scores, factor, v + d, run.v_stride, n, out + d, whole);
+      if (d < run.Dv) {
+        auto rest = [&](const scalar_t* x) { return load_pair(x, run.Dv - d); };
+        add_values<1>(scores, factor, v + d, run.v_stride, n, out + d, rest);
+      }
     }
   }
 }

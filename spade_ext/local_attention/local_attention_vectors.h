@@ -28,17 +28,25 @@ struct Pair {
   Vectorized<T> first{T(0)}, second{T(0)};
 };
 
+template <class scalar_t, class T = at::opmath_type<scalar_t>>
+C10_ALWAYS_INLINE Pair<T> load_pair(const scalar_t* x) {
+  if constexpr (std::is_same_v<scalar_t, T>) {
+    return {Vectorized<T>::loadu(x), Vectorized<T>::loadu(x + kLanes<T>)};
+  } else {
+    const auto [first, second] = at::vec::convert_to_float(Vectorized<scalar_t>::loadu(x));
+    return {first, second};
+  }
+}
+
 // The first n numbers of an array, 0 beyond, and back.
 template <class scalar_t, class T = at::opmath_type<scalar_t>>
 C10_ALWAYS_INLINE Pair<T> load_pair(const scalar_t* x, int64_t n) {
+  if (n >= kPanel<T>) return load_pair<scalar_t, T>(x);
   if constexpr (std::is_same_v<scalar_t, T>) {
-    if (n >= kPanel<T>) return {Vectorized<T>::loadu(x), Vectorized<T>::loadu(x + kLanes<T>)};
     if (n <= kLanes<T>) return {Vectorized<T>::loadu(x, n), Vectorized<T>(T(0))};
     return {Vectorized<T>::loadu(x), Vectorized<T>::loadu(x + kLanes<T>, n - kLanes<T>)};
   } else {
-    using Halves = Vectorized<scalar_t>;
-    const auto [first, second] =
-        at::vec::convert_to_float(n >= kPanel<T> ? Halves::loadu(x) : Halves::loadu(x, n));
+    const auto [first, second] = at::vec::convert_to_float(Vectorized<scalar_t>::loadu(x, n));
     return {first, second};
   }
 }
@@ -54,10 +62,15 @@ C10_ALWAYS_INLINE void store_pair(const Pair<T>& values, scalar_t* y, int64_t n)
   }
 }
 
-template <class T>
-constexpr T factorial(int n) {
-  return n < 2 ? T(1) : n * factorial<T>(n - 1);
-}
+// 1 / k! for k up to degree.
+template <class T, int degree>
+struct ExponentialSeries {
+  T coefficient[degree + 1];
+  constexpr ExponentialSeries() : coefficient{} {
+    T factorial = 1;
+    for (int k = 0; k <= degree; ++k) factorial *= k < 2 ? 1 : k, coefficient[k] = 1 / factorial;
+  }
+};
 
 // For x up to 88, by x = n log 2 + r and Taylor's polynomial of exp(r). NaN stays; 0 below the normal
 // numbers.
@@ -73,10 +86,10 @@ C10_ALWAYS_INLINE Vectorized<T> exponential(Vectorized<T> x) {
   x = at::vec::clamp_min(x, Vec(T(single ? -88 : -709)));
   const Vec n = at::vec::fmadd(x, Vec(T(1.4426950408889634)), Vec(magic));
   const Vec r = at::vec::fmadd(n - Vec(magic), Vec(T(-0.69314718055994531)), x);
-  constexpr auto coefficient = [](int k) { return T(1) / factorial<T>(k); };
-  Vec sum(coefficient(degree));
+  constexpr ExponentialSeries<T, degree> series;
+  Vec sum(series.coefficient[degree]);
 #pragma GCC unroll 16
-  for (int k = degree - 1; k >= 0; --k) sum = at::vec::fmadd(sum, r, Vec(coefficient(k)));
+  for (int k = degree - 1; k >= 0; --k) sum = at::vec::fmadd(sum, r, Vec(series.coefficient[k]));
   const auto power = (at::vec::cast<Int>(n) << Vectorized<Int>(mantissa)) + Vectorized<Int>(one);
   return sum * at::vec::cast<T>(power);
 }

@@ -1,5 +1,6 @@
 """What every op has to pass, whatever it computes."""
 
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,12 @@ def peak_memory(call) -> int:
     before = status("VmRSS")
     call()
     return status("VmHWM") - before
+
+
+def peak_allocation(call) -> int:
+    """The most bytes that torch's allocator held at a time for `call`, on this thread, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes, initial=0))
