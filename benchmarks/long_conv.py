@@ -1,4 +1,5 @@
-"""long_conv against torch.fft over the whole tensor: causal and two-sided, u contiguous and transposed (B, L, H)."""
+"""long_conv against torch.fft over the whole tensor: causal and two-sided, u contiguous and transposed (B, L, H); and
+against long_conv_ref."""
 
 import math
 
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from timing import Benchmark
 from torch import Tensor
 
-from spade_ext.ops import long_conv
+from spade_ext.ops import long_conv, long_conv_ref
 
 
 def whole_tensor_fft(u: Tensor, k: Tensor, skip: Tensor, k_reverse: Tensor | None = None) -> Tensor:
@@ -43,6 +44,11 @@ def main() -> None:
             inputs = arguments(B, H, L, **options)
             benchmark.compare(case, long_conv, "torch.fft", whole_tensor_fft, inputs, flops(B, H, L), tolerance=1e-5)
             benchmark.compare_threads(case, long_conv, inputs)
+    B, H, L = (2, 16, 128) if benchmark.quick else (2, 32, 2048)
+    case = f"causal, B {B} H {H} L {L}"
+    benchmark.compare(
+        case, long_conv, "long_conv_ref", long_conv_ref, arguments(B, H, L), flops(B, H, L), tolerance=1e-5
+    )
 
 
 if __name__ == "__main__":

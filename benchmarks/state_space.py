@@ -1,13 +1,16 @@
 """State space layers: nn.S4 and nn.EMA against a convolution by torch.fft alone, and pieces with a state against the
-whole sequence."""
+whole sequence; last the memory of a process that trains a layer."""
 
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 
 import torch
 from timing import Benchmark, forward_backward
 from torch import Tensor
 
-from spade_ext import nn
+from spade_ext import keep_memory, nn
 
 
 def fft_convolution(u: Tensor, k: Tensor) -> Tensor:
@@ -20,12 +23,38 @@ def gradients(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -
     return lambda: forward_backward(lambda *_: call(), inputs, grad)
 
 
-def in_pieces(layer: torch.nn.Module, x: Tensor, count: int) -> Tensor:
-    state, outputs = layer.initial_state(x.size(0)), []
-    for piece in x.chunk(count, 1):
-        y, state = layer(piece, state=state)
-        outputs.append(y)
-    return torch.cat(outputs, 1)
+def gradients_of_pieces(layer: torch.nn.Module, pieces: list[Tensor], grads: list[Tensor]) -> Callable[[], object]:
+    """Of a sequence cut into pieces, through the states that are handed on."""
+    inputs = [t.requires_grad_() for t in (*pieces, *layer.parameters())]
+
+    def call() -> object:
+        state, outputs = layer.initial_state(pieces[0].size(0)), []
+        for piece in pieces:
+            y, state = layer(piece, state=state)
+            outputs.append(y)
+        return torch.autograd.grad(outputs, inputs, grads)
+
+    return call
+
+
+def peak_memory(kernel: str, B: int, D: int, L: int) -> None:
+    """Prints the most memory that a process takes which runs three steps of SGD on nn.S4."""
+    command = [sys.executable, __file__, "--train", kernel, *map(str, (B, D, L))]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    before, most = (int(kibibytes) * 1024e-9 for kibibytes in printed.split())
+    print(f"- {kernel}, B {B} D {D} L {L}: {most:.2f} GB, {before:.2f} GB of it before the first step")
+
+
+def train(kernel: str, B: int, D: int, L: int) -> None:
+    keep_memory()
+    layer, x = nn.S4(D, 64, kernel=kernel, n_ssm=1, l_max=L), torch.randn(B, L, D)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    for _ in range(3):
+        layer(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def main() -> None:
@@ -50,14 +79,21 @@ def main() -> None:
         "S4, s4d, N 32": nn.S4(D, 64, kernel="s4d", n_ssm=1),
         "S4, s4, N 32": nn.S4(D, 64, n_ssm=1),
     }.items():
-        x = torch.randn(B, L, D)
-        inputs, grad = [x, *layer.parameters()], torch.randn_like(x)
+        x, grad = torch.randn(2, B, L, D)
+        cut = [[piece.contiguous() for piece in t.chunk(4, dim=1)] for t in (x, grad)]
         seconds = benchmark.medians(
-            ours=gradients(lambda layer=layer, x=x: in_pieces(layer, x, 4), inputs, grad),
-            peer=gradients(lambda layer=layer, x=x: layer(x), inputs, grad),
+            ours=gradients_of_pieces(layer, *cut),
+            peer=gradients(lambda layer=layer, x=x: layer(x), [x, *layer.parameters()], grad),
         )
         benchmark.row(f"{name}, B {B} D {D} L {L}, 4 pieces", "forward + backward", seconds, "whole")
 
+    print("\nPeak memory of a process that trains nn.S4, memory kept:\n")
+    for kernel in ("s4d", "s4"):
+        peak_memory(kernel, B, D, L)
+
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--train"]:
+        train(sys.argv[2], *map(int, sys.argv[3:]))
+    else:
+        main()

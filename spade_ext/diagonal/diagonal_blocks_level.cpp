@@ -61,6 +61,24 @@ void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, int64_t rows,
 template <class T>
 constexpr double kNothing = sizeof(T) == sizeof(float) ? 1e-35 : 1e-200;
 
+// A state of one n over blocks that add `added` to one of zeros.
+template <bool pairs, class T>
+void advance(const double* __restrict power_re, const double* __restrict power_im, double sign,
+             const T* __restrict added_re, const T* __restrict added_im, double* __restrict re,
+             double* __restrict im) {
+  auto kept = [](double x) { return std::abs(x) < kNothing<T> ? 0.0 : x; };
+#pragma omp simd
+  for (int64_t i = 0; i < Vectorized<T>::size(); ++i) {
+    if constexpr (pairs) {
+      const double p_im = sign * power_im[i], old_re = re[i], old_im = im[i];
+      re[i] = kept(power_re[i] * old_re - p_im * old_im + added_re[i]);
+      im[i] = kept(power_re[i] * old_im + p_im * old_re + added_im[i]);
+    } else {
+      re[i] = kept(power_re[i] * re[i] + added_re[i]);
+    }
+  }
+}
+
 // Moves `state` over blocks, backwards in time where `reverse`, with the conjugate power. `sums` (blocks,
 // rows), what each block adds, becomes the state before it. Within the blocks the states are of type T, from
 // one call to the next in float64.
@@ -105,17 +123,7 @@ void carry(const BlockSystem<T>& system, int64_t blocks, bool reverse, double* s
     }
     z_re.store(added[0]);
     if constexpr (pairs) z_im.store(added[1]);
-    for (int64_t i = 0; i < W; ++i) {
-      const double p_re = power[n * W + i], old = re[i];
-      double next = p_re * old + added[0][i];
-      if constexpr (pairs) {
-        const double p_im = sign * power[(N + n) * W + i];
-        next -= p_im * im[i];
-        const double next_im = p_re * im[i] + p_im * old + added[1][i];
-        im[i] = next_im > -kNothing<T> && next_im < kNothing<T> ? 0 : next_im;
-      }
-      re[i] = next > -kNothing<T> && next < kNothing<T> ? 0 : next;
-    }
+    advance<pairs, T>(power + n * W, power + (N + n) * W, sign, added[0], added[1], re, im);
   }
 }
 

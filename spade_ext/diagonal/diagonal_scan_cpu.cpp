@@ -546,7 +546,7 @@ at::Tensor working_state(c10::SymIntArrayRef sizes, const OptionalTensor& state)
 // Calls body(channels, part, rows) for groups of neighbouring channels, whose tokens share cache lines, and
 // for parts of the batch, as many as keep a dozen threads busy.
 struct Tasks {
-  static constexpr int64_t kChannels = 32;
+  static constexpr int64_t kChannels = 16;
 
   struct Range {
     int64_t begin, end;

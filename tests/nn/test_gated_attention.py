@@ -171,6 +171,29 @@ def test_attention_stays_in_its_chunk():
     assert v.grad[0].abs().sum(-1).nonzero().flatten().tolist() == [4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("position", ["simple", "rotary"])
+def test_a_window_that_holds_the_row_is_the_row(position, causal):
+    row = gated(position=position, causal=causal, max_positions=9)
+    window = gated(position=position, causal=causal, window=(8, 0 if causal else 8))
+    window.load_state_dict(row.state_dict())
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    torch.testing.assert_close(window(x), row(x))
+
+
+def test_a_window_of_padded_and_packed_rows():
+    layer = gated(window=(2, 1))
+    documents = [torch.randn(1, length, 6, dtype=torch.float64) for length in (5, 1, 9)]
+    garbage = torch.full((1, 3, 6), torch.nan, dtype=torch.float64)
+    alone = torch.cat([layer(x) for x in documents], 1)
+    padded = torch.cat([garbage, *documents, garbage], 1)
+    mask, segment_ids = torch.tensor([[0] * 3 + [1] * 15 + [0] * 3]), torch.tensor([[7] * 8 + [1] + [2] * 12])
+    torch.testing.assert_close(layer(padded, mask, segment_ids)[:, 3:-3], alone)
+    q, v = torch.randn(1, 10, 1, 4), torch.randn(1, 10, 10, requires_grad=True)
+    layer.attend(q.double(), q.double(), v.double(), None, None)[0, 5].sum().backward()
+    assert v.grad[0].abs().sum(-1).nonzero().flatten().tolist() == [3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "scalenorm"])
 @pytest.mark.parametrize("prenorm", [False, True])
 def test_norm_stands_before_or_after(norm, prenorm):
@@ -281,6 +304,10 @@ def test_parameter_options_are_of_its_own_parameters():
         ({"position": "t5"}, r"position is 't5', expected 'simple' or 'rotary'"),
         ({"position": "rotary", "z_dim": 5}, r"dim is 5, expected an even number of at least 2"),
         ({"norm": "batchnorm"}, r"norm is 'batchnorm', expected 'layernorm', 'rmsnorm' or 'scalenorm'"),
+        ({"window": (2,)}, r"window is \(2,\), expected \(left, right\), 0 or more, right 0 where causal"),
+        ({"window": (2, 1), "causal": True}, r"window is \(2, 1\), expected \(left, right\), 0 or more, right 0 wh"),
+        ({"window": (2, 1), "chunk_size": 4}, r"window is \(2, 1\), expected None beside a chunk_size"),
+        ({"window": (2, 1), "activation": "relu2"}, r"window is \(2, 1\), expected None beside a chunk_size or act"),
         ({"max_positions": 0}, r"max_positions is 0, expected at least 1"),
     ],
 )

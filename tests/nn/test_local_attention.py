@@ -6,6 +6,7 @@ import torch
 
 from spade_ext import nn
 from spade_ext.convert import from_reference, load_reference
+from spade_ext.nn.position import rotate
 
 from ..reference import below
 
@@ -94,6 +95,69 @@ def test_compiles_without_graph_breaks(position):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
+REACHES = {
+    "chunk": {"chunk_size": 4},
+    "causal_chunk": {"chunk_size": 4, "causal": True},
+    "full": {},
+    "causal_full": {"causal": True},
+    "window": {"window": (2, 4)},
+}
+
+
+@pytest.mark.parametrize("reach", REACHES.values(), ids=REACHES.keys())
+@pytest.mark.parametrize("position", [*POSITIONS, "rope"])
+def test_chunks_and_rows_are_alone_padded_and_packed(reach, position):
+    layer = nn.LocalAttention(8, 2, **reach, position=position).double()
+    documents = [torch.randn(1, length, 8, dtype=torch.float64) for length in (5, 1, 9)]
+    alone = torch.cat([layer(x) for x in documents], 1)
+    segment_ids = torch.tensor([[0] * 5 + [1] + [2] * 9])
+    torch.testing.assert_close(layer(torch.cat(documents, 1), segment_ids=segment_ids), alone)
+    left, right = left_and_right_padded(documents[2])
+    torch.testing.assert_close(layer(*left)[:, 4:], alone[:, 6:])
+    torch.testing.assert_close(layer(*right)[:, :9], alone[:, 6:])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_row_is_a_window_that_holds_it(position, causal):
+    """The tables of both begin at the same offset; "simple" ones have as many numbers."""
+    row = nn.LocalAttention(8, 2, causal=causal, position=position, max_positions=9).double()
+    window = nn.LocalAttention(8, 2, window=(8, 0 if causal else 8), position=position).double()
+    window.load_state_dict(row.state_dict())
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(row(x), window(x))
+    assert row(x[:, :0]).shape == (2, 0, 8)
+
+
+def test_rope_turns_queries_and_keys():
+    """Pair i of 2 turns by 100^-i a token; a score depends on the distance alone."""
+    x = torch.randn(1, 1, 1, 4, dtype=torch.float64).expand(1, 12, 1, 4)
+    turned = rotate(x)[0, :, 0]
+    pairs = torch.complex(x[0, :, 0, :2], x[0, :, 0, 2:])
+    angles = torch.arange(12.0)[:, None] * torch.tensor([1.0, 0.01], dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.complex(turned[:, :2], turned[:, 2:]), pairs * torch.polar(1.0 + 0 * angles, angles)
+    )
+    scores = turned @ turned.T
+    torch.testing.assert_close(scores[:-3, :-3], scores[3:, 3:])
+    layer = nn.LocalAttention(8, 2, window=(3, 2), position="rope").double()
+    plain = nn.LocalAttention(8, 2, window=(3, 2), position=None).double()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 7, 8, dtype=torch.float64)
+    assert not torch.allclose(layer(x), plain(x))
+
+
+def test_dropout_of_the_weights_acts_in_training_only():
+    layer, x = nn.LocalAttention(8, 2, window=(2, 2), dropout=0.5), torch.randn(1, 6, 8)
+    assert not torch.equal(layer(x), layer(x))
+    torch.manual_seed(3)
+    first = layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
 def test_projections_are_read_in_place():
     layer, x = nn.LocalAttention(32, 2, window=(3, 2)), torch.randn(2, 50, 32)
     with torch.profiler.profile(record_shapes=True) as profiler:
@@ -132,7 +196,11 @@ def test_half_precision_module():
         ({"window": (1,)}, r"window is \(1,\), expected \(left, right\), both ints of 0 or more"),
         ({"window": (-1, 0)}, r"window is \(-1, 0\), expected \(left, right\), both ints of 0 or more"),
         ({"window": (1.5, 0)}, r"window is \(1.5, 0\), expected \(left, right\), both ints of 0 or more"),
-        ({"position": "rope"}, r"position is 'rope', expected 't5', 'alibi', 'simple', 'rotary' or None"),
+        ({"position": "xpos"}, r"position is 'xpos', expected 't5', 'alibi', 'simple', 'rotary' or None"),
+        ({"d_model": 6, "position": "rope"}, r"position is 'rope', expected another one for heads of odd width 3"),
+        ({"causal": True}, r"window is \(2, 2\), expected a right of 0, since causal is True"),
+        ({"chunk_size": 4}, r"chunk_size is 4, expected None beside a window"),
+        ({"window": None, "chunk_size": 0}, r"chunk_size is 0, expected at least 1"),
         ({"d_model": 6, "position": "rotary"}, r"dim is 3, expected an even number of at least 2"),
         ({"num_buckets": 5}, r"num_buckets is 5, expected an even number of at least 4"),
         ({"max_distance": 16}, r"max_distance is 16, expected at least num_buckets = 32"),
@@ -248,6 +316,10 @@ def test_errors_of_a_state():
     ):
         with pytest.raises(ValueError, match=r"^window is \(2, 1\), expected \(left, 0\) for a state"):
             call()
+    with pytest.raises(ValueError, match=r"^window is None, expected \(left, 0\) for a state"):
+        nn.LocalAttention(8, 2, chunk_size=4, causal=True).initial_state(2)
+    with pytest.raises(ValueError, match=r"^position is 'rope', expected another one for a state"):
+        nn.LocalAttention(8, 2, window=(2, 0), position="rope").initial_state(2)
     layer = nn.LocalAttention(8, 2, window=(2, 0))
     state = layer.initial_state(2)
     with pytest.raises(ValueError, match=r"^x has shape \[2, 5, 8\], expected \(B, 8\)$"):

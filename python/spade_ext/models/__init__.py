@@ -3,14 +3,37 @@
 Importing this registers them with the Auto classes and the attention with `AttentionInterface`.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from . import attention_interface, published  # noqa: F401  (register the attention and the published names)
 from .configuration_spade import SpadeConfig
-from .modeling_spade import SpadeForSequenceClassification, SpadeModel, SpadePreTrainedModel
+from .mixers import register_mixer
+from .modeling_spade import (
+    SpadeForCausalLM,
+    SpadeForMaskedLM,
+    SpadeForSequenceClassification,
+    SpadeModel,
+    SpadePreTrainedModel,
+)
 
 AutoConfig.register(SpadeConfig.model_type, SpadeConfig, exist_ok=True)
 AutoModel.register(SpadeConfig, SpadeModel, exist_ok=True)
+AutoModelForCausalLM.register(SpadeConfig, SpadeForCausalLM, exist_ok=True)
+AutoModelForMaskedLM.register(SpadeConfig, SpadeForMaskedLM, exist_ok=True)
 AutoModelForSequenceClassification.register(SpadeConfig, SpadeForSequenceClassification, exist_ok=True)
 
-__all__ = ["SpadeConfig", "SpadeForSequenceClassification", "SpadeModel", "SpadePreTrainedModel"]
+__all__ = [
+    "SpadeConfig",
+    "SpadeForCausalLM",
+    "SpadeForMaskedLM",
+    "SpadeForSequenceClassification",
+    "SpadeModel",
+    "SpadePreTrainedModel",
+    "register_mixer",
+]

@@ -1,97 +1,32 @@
 # Copyright 2026 The spade-ext developers.
 """SPADE: layers of local attention, of which the bottom one also has a state space model (arXiv 2212.08136)."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    CausalLMOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..nn import EMA, S4, AlibiBias, LocalAttention, RelativePositionBias, RotaryBias, SimpleBias
 from ..nn.mask import matching_ids, real_tokens
+from ..nn.norm import build_norm
 from ..nn.state_space import StateSpaceLayer
-from .configuration_spade import SpadeConfig
-
-
-def build_ssm(config: SpadeConfig) -> StateSpaceLayer:
-    """The state space layer that a configuration names."""
-    width, bidirectional = config.hidden_size, not config.causal
-    if config.ssm_kind == "ema":
-        return EMA(width, config.ssm_d_state or 16, bidirectional=bidirectional)
-    return S4(
-        width,
-        config.ssm_d_state or 64,
-        kernel=config.ssm_kind,
-        init=config.ssm_init,
-        rank=config.ssm_rank,
-        n_ssm=config.ssm_n_ssm,
-        bidirectional=bidirectional,
-        l_max=config.ssm_l_max,
-        disc=config.ssm_disc,
-        lr=config.ssm_lr,
-    )
-
-
-class SpadeMixer(nn.Module):
-    """Mixes tokens: local attention, in the layers of `ssm_layers` combined with a state space model."""
-
-    def __init__(self, config: SpadeConfig, layer: int):
-        super().__init__()
-        width = config.hidden_size
-        owns_position = config.position is not None and (layer == 0 or not config.position_shared)
-        self.attention = LocalAttention(
-            width,
-            config.num_attention_heads,
-            window=tuple(config.window),
-            position=config.position if owns_position else None,
-            num_buckets=config.position_num_buckets,
-            max_distance=config.position_max_distance,
-        )
-        self.combine = config.ssm_combine if layer in config.ssm_layers else None
-        self.ssm_weight = config.ssm_weight
-        if self.combine is not None:
-            self.ssm = build_ssm(config)
-        if self.combine in ("concat", "add"):
-            self.ssm_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-            self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        if self.combine == "concat":
-            self.aggregate = nn.Linear(2 * width, width)
-
-    def forward(
-        self, x: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None, position_bias: Tensor | None
-    ) -> Tensor:
-        tokens = {"attention_mask": attention_mask, "segment_ids": segment_ids}
-        if self.combine == "stack":
-            x = self.ssm(x, **tokens)
-        local = self.attention(x, position_bias=position_bias, **tokens)
-        if self.combine in (None, "stack"):
-            return local
-        both = self.ssm_norm(self.ssm(x, **tokens)), self.attention_norm(local)
-        if self.combine == "add":
-            return self.ssm_weight * both[0] + (1 - self.ssm_weight) * both[1]
-        return self.aggregate(torch.cat(both, dim=-1))
-
-
-class SsmMixer(nn.Module):
-    """Mixes tokens by a state space model alone, and channels by a gated Linear (S4's block, arXiv 2111.00396)."""
-
-    def __init__(self, config: SpadeConfig):
-        super().__init__()
-        width = config.hidden_size
-        self.ssm = build_ssm(config)
-        self.activation = ACT2FN[config.hidden_act]
-        self.output = nn.Linear(width, 2 * width)
-
-    def forward(
-        self, x: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None, position_bias: None
-    ) -> Tensor:
-        mixed = self.ssm(x, attention_mask=attention_mask, segment_ids=segment_ids)
-        return nn.functional.glu(self.output(self.activation(mixed)), dim=-1)
+from .configuration_spade import ABSOLUTE_POSITIONS, SpadeConfig
+from .mixers import MIXERS, AttentionMixer, AttentionWeights, SpadeMixer, build_mixer
+from .positions import SpadePositionEmbedding, check_position_ids, documents_of, positions_of
+from .vocabulary import IGNORED, AdaptiveEmbedding, AdaptiveHead, sum_of_losses
 
 
 class SpadeFeedForward(nn.Module):
@@ -100,23 +35,26 @@ class SpadeFeedForward(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.dropout)
+        dropout = config.dropout if config.activation_dropout is None else config.activation_dropout
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.dropout(self.activation(self.fc1(x))))
 
 
 class SpadeLayer(GradientCheckpointingLayer):
-    """A mixer and a feed-forward, each with a residual connection."""
+    """A mixer and a feed-forward, each with a residual connection and a norm before or after it."""
 
     def __init__(self, config: SpadeConfig, layer: int):
         super().__init__()
         self.prenorm = config.prenorm
-        self.mixer = SsmMixer(config) if config.mixer == "ssm" else SpadeMixer(config, layer)
-        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = build_mixer(config, layer)
+        self.mixer_norm = build_norm(config.norm, config.hidden_size, config.layer_norm_eps)
         self.feed_forward = SpadeFeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward_norm = build_norm(config.norm, config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
+        drops_out = getattr(MIXERS[config.mixer], "drops_out", False)
+        self.mixer_dropout = nn.Identity() if drops_out else nn.Dropout(config.dropout)
 
     def forward(
         self,
@@ -125,19 +63,23 @@ class SpadeLayer(GradientCheckpointingLayer):
         segment_ids: Tensor | None = None,
         position_bias: Tensor | None = None,
     ) -> Tensor:
-        x, context = hidden_states, (attention_mask, segment_ids, position_bias)
+        x = hidden_states
+        mixed = self.mixer(
+            self.mixer_norm(x) if self.prenorm else x,
+            residual=x,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            position_bias=position_bias,
+        )
+        x = x + self.mixer_dropout(mixed)
         if self.prenorm:
-            x = x + self.dropout(self.mixer(self.mixer_norm(x), *context))
             return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.mixer_norm(x + self.dropout(self.mixer(x, *context)))
+        x = self.mixer_norm(x)
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
 class SpadeValueEmbedding(nn.Linear):
     """Numbers to vectors. Its biases start as torch's, not at 0, where a LayerNorm would leave a lone number's sign."""
-
-
-_OWN_INITIAL_VALUES = (LocalAttention, RelativePositionBias, AlibiBias, SimpleBias, RotaryBias, SpadeValueEmbedding)
 
 
 class SpadePreTrainedModel(PreTrainedModel):
@@ -146,35 +88,59 @@ class SpadePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SpadeLayer"]
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": SpadeLayer}
+    _can_record_outputs = {"hidden_states": SpadeLayer, "attentions": AttentionWeights}
 
     def __init__(self, config: SpadeConfig):
         super().__init__(config)
         self.main_input_name = "input_ids" if config.input_size is None else "input_values"
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """ "spade_local", our op, unless "eager" asks for dense matrices of weights."""
+        if requested_attention not in (None, "spade_local", "eager"):
+            raise ValueError(f"attn_implementation is {requested_attention!r}, expected 'spade_local' or 'eager'")
+        return requested_attention or "spade_local"
+
+    def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Module:
+        if self.config.adaptive_cutoffs is not None:
+            raise ValueError("adaptive_cutoffs is given, expected None to resize embeddings: ids are sorted in bands")
+        return super().resize_token_embeddings(*args, **options)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Of code outside of transformers, modules without parameters of their own would be left out.
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Attention's Linears are visited before their LocalAttention, which gives them the weights that stay.
+        # Linears are visited before the modules that hold them, which give some of them the weights that stay.
         super()._init_weights(module)
         if isinstance(module, StateSpaceLayer):
             module.reset_parameters(init.copy_)
-        elif isinstance(module, _OWN_INITIAL_VALUES):
+        elif isinstance(module, SpadeMixer):
+            if module.combine in ("concat", "add"):
+                init.constant_(module.ssm_norm.weight, module.ssm_init_scale)
+        elif hasattr(module, "reset_parameters") and not type(module).__module__.startswith("torch.nn."):
             module.reset_parameters()
 
 
 class SpadeModel(SpadePreTrainedModel):
-    """The encoder: embedding, layers and, with `final_norm`, a last LayerNorm."""
+    """The backbone: embedding, layers and, with `final_norm`, a last norm."""
 
     def __init__(self, config: SpadeConfig):
         super().__init__(config)
-        if config.input_size is None:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        width = config.hidden_size
+        if config.input_size is not None:
+            self.embed_values = SpadeValueEmbedding(config.input_size, width)
+        elif config.adaptive_cutoffs is not None:
+            self.embed_tokens = AdaptiveEmbedding(config)
         else:
-            self.embed_values = SpadeValueEmbedding(config.input_size, config.hidden_size)
+            self.embed_tokens = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        if config.position in ABSOLUTE_POSITIONS:
+            self.embed_positions = SpadePositionEmbedding(config)
+        self.embed_norm = build_norm(config.norm, width, config.layer_norm_eps) if config.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(SpadeLayer(config, layer) for layer in range(config.num_hidden_layers))
         final_norm = config.prenorm if config.final_norm is None else config.final_norm
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if final_norm else nn.Identity()
+        self.norm = build_norm(config.norm, width, config.layer_norm_eps) if final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -193,6 +159,13 @@ class SpadeModel(SpadePreTrainedModel):
             raise ValueError(f"input_values has shape {list(input_values.shape)}, expected (B, L, {size})")
         return self.embed_values(input_values)
 
+    def _shared_bias(self, length: int) -> Tensor | None:
+        """The table of layer 0 for all layers, where they share one."""
+        mixer = self.layers[0].mixer
+        if not self.config.position_shared or not isinstance(getattr(mixer, "attention", None), AttentionMixer):
+            return None
+        return mixer.attention.position_bias(length)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -202,9 +175,12 @@ class SpadeModel(SpadePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         input_values: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """Encode a batch of sequences.
+        """Run over a batch of sequences.
 
         Args:
             input_ids: (B, L), token ids; or
@@ -213,18 +189,163 @@ class SpadeModel(SpadePreTrainedModel):
             attention_mask: (B, L), True or 1 at real tokens, which may be padded on either side.
             segment_ids: (B, L), integers, of packed rows: a run of equal ids is a document, which sees only itself.
                 Their number is data: with them, a state space model does not compile as a single graph.
+            position_ids: (B, L) or (1, L), integers: a document begins where they start again. Only "learned" and
+                "sinusoidal" positions read their values; without them a document's real tokens are counted from 0.
+            past_key_values, use_cache: of a cache, which this version has not: None, and False or None.
+            output_attentions: the attentions (B, H, L, L); with attn_implementation="eager" only.
 
         Returns:
             BaseModelOutput with last_hidden_state (B, L, D). What it holds at padded tokens means nothing.
         """
+        if use_cache or past_key_values is not None:
+            raise ValueError("use_cache is True, expected False: SPADE models of this version have no cache")
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            implementation = self.config._attn_implementation
+            raise ValueError(f"output_attentions is True, expected attn_implementation 'eager', not {implementation!r}")
         x = self._embed(input_ids, inputs_embeds, input_values)
-        attention_mask, segment_ids = real_tokens(attention_mask, x), matching_ids(segment_ids, x)
-        x = self.dropout(x)
-        shares = self.config.mixer == "window" and self.config.position_shared
-        shared_bias = self.layers[0].mixer.attention.position_bias() if shares else None
+        mask, segment_ids = real_tokens(attention_mask, x), matching_ids(segment_ids, x)
+        if position_ids is not None:
+            position_ids = check_position_ids(position_ids, x)
+            if segment_ids is None:
+                segment_ids = documents_of(position_ids, mask)
+        if self.config.scale_embedding:
+            x = math.sqrt(self.config.hidden_size) * x
+        if self.config.position in ABSOLUTE_POSITIONS:
+            if position_ids is None:
+                position_ids = positions_of(x, mask, segment_ids)
+            x = x + self.embed_positions(position_ids).to(x.dtype)
+        x = self.dropout(self.embed_norm(x))
+        shared_bias = self._shared_bias(x.size(1))
         for layer in self.layers:
-            x = layer(x, attention_mask, segment_ids, shared_bias)
+            x = layer(x, mask, segment_ids, shared_bias)
         return BaseModelOutput(last_hidden_state=self.norm(x))
+
+
+class SpadeLanguageModel(SpadePreTrainedModel):
+    """What language models share: logits over the vocabulary, and a loss that never holds all of them."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    needs_causal: bool
+
+    def __init__(self, config: SpadeConfig):
+        if config.input_size is not None:
+            raise ValueError(f"input_size is {config.input_size}, expected None for a language model")
+        if config.causal != self.needs_causal:
+            name = type(self).__name__
+            raise ValueError(f"causal is {config.causal}, expected {self.needs_causal} for {name}")
+        super().__init__(config)
+        self.model = SpadeModel(config)
+        if config.adaptive_cutoffs is None:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        else:
+            self._tied_weights_keys = {}  # the head reads the embedding's weights itself
+            self.adaptive_head = AdaptiveHead(config)
+        self.post_init()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, L, D) to (B, L, vocab_size); of an adaptive softmax they are log-probabilities."""
+        if self.config.adaptive_cutoffs is None:
+            return self.lm_head(x)
+        return self.adaptive_head(x, self.model.embed_tokens)
+
+    def token_loss(self, x: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Cross entropy of x (B, L, D) and labels (B, L): its sum over num_items_in_batch, None for labels not -100."""
+        x, labels = x.flatten(0, 1), labels.flatten()
+        if self.config.adaptive_cutoffs is None:
+            loss = sum_of_losses(self.lm_head, x, labels, self.lm_head.out_features)
+        else:
+            loss = self.adaptive_head.loss(x, labels, self.model.embed_tokens)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != IGNORED).sum()
+        elif isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
+
+
+class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
+    """SPADE that predicts each next token."""
+
+    needs_causal = True
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutput:
+        """Predict the token after each token of a batch of sequences.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds, segment_ids, position_ids: see `SpadeModel.forward`.
+            labels: (B, L), ids that input_ids may be; -100 asks for nothing. The model predicts labels[:, t + 1] at t,
+                unless another document begins there.
+            logits_to_keep: how many of the last tokens' logits, 0 for all; or which tokens' ones, indices.
+            num_items_in_batch: what the sum of losses is divided by; None is the number of labels that count.
+
+        Returns:
+            CausalLMOutput with logits (B, L, vocab_size); or, given labels, the loss and no logits.
+        """
+        if labels is not None and segment_ids is None and position_ids is not None:
+            segment_ids = documents_of(check_position_ids(position_ids, labels), real_tokens(attention_mask, labels))
+        outputs = self.model(
+            input_ids, attention_mask, inputs_embeds, segment_ids=segment_ids, position_ids=position_ids, **kwargs
+        )
+        x, loss, logits = outputs.last_hidden_state, None, None
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.logits(x[:, kept])
+        else:
+            following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            if segment_ids is not None:
+                ends = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (0, 1), value=True)
+                following = following.masked_fill(ends, IGNORED)
+            loss = self.token_loss(x, following, num_items_in_batch)
+        return CausalLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SpadeForMaskedLM(SpadeLanguageModel):
+    """SPADE that fills in masked tokens."""
+
+    needs_causal = False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Predict tokens of a batch of sequences.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds and others: see `SpadeModel.forward`.
+            labels: (B, L), the ids to predict; -100 asks for nothing.
+            num_items_in_batch: what the sum of losses is divided by; None is the number of labels that count.
+
+        Returns:
+            MaskedLMOutput with logits (B, L, vocab_size); or, given labels, the loss and no logits.
+        """
+        outputs = self.model(input_ids, attention_mask, inputs_embeds, **kwargs)
+        x, loss, logits = outputs.last_hidden_state, None, None
+        if labels is None:
+            logits = self.logits(x)
+        else:
+            loss = self.token_loss(x, labels, num_items_in_batch)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 def pool(x: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
@@ -285,11 +406,14 @@ class SpadeForSequenceClassification(SpadePreTrainedModel):
         Returns:
             SequenceClassifierOutput with logits (B, num_labels) and, given labels, the loss.
         """
-        if kwargs.get("segment_ids") is not None:
-            raise ValueError("segment_ids is given, expected none: a row is classified as one document")
+        for name in ("segment_ids", "position_ids"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is given, expected none: a row is classified as one document")
         outputs = self.model(input_ids, attention_mask, inputs_embeds, input_values, **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

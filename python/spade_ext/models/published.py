@@ -4,7 +4,8 @@
 from torch import Tensor
 
 from ..convert import Published, convert_module, prefixed
-from .modeling_spade import SpadeLayer, SpadeMixer, SpadeModel
+from .mixers import SpadeMixer
+from .modeling_spade import SpadeLayer, SpadeModel
 
 
 @convert_module.register

@@ -29,11 +29,12 @@ class GatedAttention(nn.Module):
         z_dim: width Z of queries and keys; even for the "rotary" position.
         h_dim: width E of values.
         n_dim: moving averages a channel, see `EMA`.
-        chunk_size: tokens of a chunk; the grid starts at the first real token. None is the whole row.
+        chunk_size: tokens of a chunk; the grid starts at the first real token. None is the whole row, or
+        window: (left, right), tokens that a token sees before and after itself; softmax only.
         causal: no token sees a later one; the moving average has one direction instead of two.
         activation: of the scores, "softmax", "relu2" or "laplace", see `spade_ext.ops.local_attention`.
         position: the relative position bias, "simple" or "rotary".
-        norm: "layernorm", "rmsnorm" or "scalenorm".
+        norm: "layernorm", "rmsnorm" or "scalenorm"; None leaves it to the caller of `update`.
         prenorm: normalise the input; otherwise the output.
         truncation: longest reach of the moving average in tokens, see `EMA`.
         max_positions: longest document of the "simple" position without chunks, from its first real token to its last;
@@ -51,10 +52,11 @@ class GatedAttention(nn.Module):
         n_dim: int,
         *,
         chunk_size: int | None = None,
+        window: tuple[int, int] | None = None,
         causal: bool = False,
         activation: Literal["softmax", "relu2", "laplace"] = "softmax",
         position: Literal["simple", "rotary"] = "simple",
-        norm: Norm = "layernorm",
+        norm: Norm | None = "layernorm",
         prenorm: bool = True,
         truncation: int | None = None,
         max_positions: int = 1024,
@@ -68,16 +70,22 @@ class GatedAttention(nn.Module):
             raise ValueError(f"activation is {activation!r}, expected 'softmax', 'relu2' or 'laplace'")
         if position not in ("simple", "rotary"):
             raise ValueError(f"position is {position!r}, expected 'simple' or 'rotary'")
-        self.d_model, self.z_dim, self.h_dim = d_model, z_dim, h_dim
+        if window is not None:
+            if len(window) != 2 or min(window) < 0 or (causal and window[1] > 0):
+                raise ValueError(f"window is {window}, expected (left, right), 0 or more, right 0 where causal")
+            if chunk_size is not None or activation != "softmax":
+                raise ValueError(f"window is {window}, expected None beside a chunk_size or activation {activation!r}")
+        self.d_model, self.z_dim, self.h_dim, self.window = d_model, z_dim, h_dim, window
         self.chunk_size, self.causal, self.activation, self.prenorm = chunk_size, causal, activation, prenorm
-        self.norm = build_norm(norm, d_model)
+        self.norm = nn.Identity() if norm is None else build_norm(norm, d_model)
         self.ema = EMA(d_model, n_dim, bidirectional=not causal, truncation=truncation)
         self.v_proj = nn.Linear(d_model, h_dim)
         self.mx_proj = nn.Linear(d_model, z_dim + h_dim + 2 * d_model)
         self.h_proj = nn.Linear(h_dim, d_model)
         self.gamma = nn.Parameter(torch.empty(2, z_dim))  # of queries, of keys
         self.beta = nn.Parameter(torch.empty(2, z_dim))
-        self.position = build_position_bias(position, 1, max_positions=chunk_size or max_positions, dim=z_dim)
+        reach = chunk_size or (max(window) + 1 if window else max_positions)
+        self.position = build_position_bias(position, 1, max_positions=reach, dim=z_dim)
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 
@@ -111,23 +119,27 @@ class GatedAttention(nn.Module):
         if x.dim() != 3 or x.size(-1) != self.d_model:
             raise ValueError(f"x has shape {list(x.shape)}, expected (B, L, {self.d_model})")
         mask = real_tokens(attention_mask, x)
-        normed = self.norm(x) if self.prenorm else x
+        y = x + self.update(self.norm(x) if self.prenorm else x, x, mask, segment_ids)
+        return y if self.prenorm else self.norm(y)
+
+    def update(self, normed: Tensor, x: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+        """What the residual connection adds to x, u * (h - x), of x~ = normed, both (B, L, D)."""
         v = silu(self.v_proj(normed))
         m = self.dropout(self.ema(normed, mask, segment_ids))
         u, z, r, g = self.mx_proj(m).split([self.d_model, self.z_dim, self.h_dim, self.d_model], dim=-1)
         q, k = (silu(z)[..., None, :] * self.gamma + self.beta).split(1, dim=-2)  # (B, L, 1, Z)
         attended = self.attend(q, k, self.dropout(v), mask, segment_ids)
         h = self.dropout(silu(g + self.h_proj(silu(r) * attended)))
-        y = x + u.sigmoid() * (h - x)
-        return y if self.prenorm else self.norm(y)
+        return u.sigmoid() * (h - x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
         """q and k (B, L, 1, Z), v (B, L, E) to (B, L, E)."""
-        return local_attention(
+        return self.attention(
             q,
             k,
             v[:, :, None],
             self.position_bias(q, mask, segment_ids),
+            window=self.window,
             chunk_size=self.chunk_size,
             causal=self.causal,
             attention_mask=mask,
@@ -135,8 +147,12 @@ class GatedAttention(nn.Module):
             activation=self.activation,
         )[:, :, 0]
 
+    attention = staticmethod(local_attention)
+
     def position_bias(self, q: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
-        """The table (1, 2 L - 1) or (1, 2 chunk_size - 1) of q's dtype; None for rows without tokens."""
+        """The table (1, 2 L - 1), (1, 2 chunk_size - 1) or that of the window, of q's dtype; None without tokens."""
+        if self.window is not None:
+            return self.position(*self.window).to(q.dtype)
         length = self.chunk_size or q.size(1)
         if length == 0:
             return None
@@ -150,8 +166,9 @@ class GatedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"d_model={self.d_model}, z_dim={self.z_dim}, h_dim={self.h_dim}, chunk_size={self.chunk_size}, "
-            f"causal={self.causal}, activation={self.activation!r}, prenorm={self.prenorm}"
+            f"d_model={self.d_model}, z_dim={self.z_dim}, h_dim={self.h_dim}, window={self.window}, "
+            f"chunk_size={self.chunk_size}, causal={self.causal}, activation={self.activation!r}, "
+            f"prenorm={self.prenorm}"
         )
 
 

@@ -1,12 +1,15 @@
 """The attention layer of SPADE: multi-head attention over a window."""
 
+import math
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..ops import local_attention, local_attention_step
 from .mask import real_tokens
-from .position import Position, build_position_bias
+from .position import Position, build_position_bias, rotate, row_table
 
 # The last left + 1 keys and values of each row, (B, left + 1, H, D / H), and how many tokens the row has had, (B,).
 # Tensors that are cloned, moved, index_selected or saved like any others; see `spade_ext.ops.local_attention_step`.
@@ -19,10 +22,14 @@ class LocalAttention(nn.Module):
     Args:
         d_model: width D.
         n_heads: heads H; H divides D, scores are scaled by 1 / sqrt(D / H).
-        window: (left, right) in tokens; right = 0 is causal.
-        position: the relative position bias, "t5", "alibi", "simple" or "rotary", or None for none. "simple" has a
-            number for each offset in the window, "rotary" vectors of size D / H.
+        window: (left, right) in tokens; right = 0 is causal. None is the whole row, or
+        chunk_size: a token sees its chunk of so many tokens; the grid starts at the first real token.
+        causal: no token sees a later one, in a row or a chunk.
+        position: the relative position bias, "t5", "alibi", "simple" or "rotary"; "rope", which rotates queries and
+            keys; or None for none. "simple" has a number for each offset, "rotary" vectors of size D / H.
         num_buckets, max_distance: of "t5", see `RelativePositionBias`.
+        max_positions: longest row of "simple" without a window and a chunk.
+        dropout: of the attention's weights.
 
     Source: SPADE (arXiv 2212.08136), section 3.2.
     """
@@ -32,27 +39,44 @@ class LocalAttention(nn.Module):
         d_model: int,
         n_heads: int,
         *,
-        window: tuple[int, int],
-        position: Position | None = "t5",
+        window: tuple[int, int] | None = None,
+        chunk_size: int | None = None,
+        causal: bool = False,
+        position: Position | Literal["rope"] | None = "t5",
         num_buckets: int = 32,
         max_distance: int = 128,
+        max_positions: int = 1024,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if d_model < 1:
             raise ValueError(f"d_model is {d_model}, expected at least 1")
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}, expected a divisor of d_model = {d_model}")
-        if len(window) != 2 or not all(isinstance(side, int) and side >= 0 for side in window):
-            raise ValueError(f"window is {window}, expected (left, right), both ints of 0 or more")
+        if window is not None:
+            if len(window) != 2 or not all(isinstance(side, int) and side >= 0 for side in window):
+                raise ValueError(f"window is {window}, expected (left, right), both ints of 0 or more")
+            if causal and window[1] > 0:
+                raise ValueError(f"window is {window}, expected a right of 0, since causal is True")
+            if chunk_size is not None:
+                raise ValueError(f"chunk_size is {chunk_size}, expected None beside a window")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
         self.d_model = d_model
         self.n_heads = n_heads
-        self.window = tuple(window)
+        self.window = None if window is None else tuple(window)
+        self.chunk_size = chunk_size
+        self.causal = causal or (window is not None and window[1] == 0)
+        self.dropout = dropout
+        self.rope = position == "rope"
+        if self.rope and d_model // n_heads % 2:
+            raise ValueError(f"position is 'rope', expected another one for heads of odd width {d_model // n_heads}")
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.o = nn.Linear(d_model, d_model, bias=False)
         self.position = build_position_bias(
-            position,
+            None if self.rope else position,
             n_heads,
-            max_positions=max(window) + 1,
+            max_positions=chunk_size or (max(window) + 1 if window else max_positions),
             dim=d_model // n_heads,
             num_buckets=num_buckets,
             max_distance=max_distance,
@@ -61,15 +85,21 @@ class LocalAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier uniform of each (D, D) projection, of gain 1 / sqrt(2) for q, k and v."""
-        for weight in self.qkv.weight.chunk(3):
-            nn.init.xavier_uniform_(weight, gain=2**-0.5)
+        # As a whole: transformers marks loaded weights, not slices of them, to be left alone.
+        bound = math.sqrt(1.5 / self.d_model)
+        nn.init.uniform_(self.qkv.weight, -bound, bound)
         nn.init.xavier_uniform_(self.o.weight)
         if self.position is not None:
             self.position.reset_parameters()
 
-    def position_bias(self) -> Tensor | None:
-        """This layer's table (H, left + right + 1), which other layers may share."""
-        return None if self.position is None else self.position(*self.window)
+    def position_bias(self, length: int | None = None) -> Tensor | None:
+        """This layer's table, which other layers may share: (H, left + right + 1) or of a chunk (H, 2 chunk_size - 1);
+        of rows of `length` tokens (H, 2 length - 1)."""
+        if self.position is None:
+            return None
+        if self.window is not None:
+            return self.position(*self.window)
+        return row_table(self.position, self.chunk_size or length, causal=self.causal)
 
     def forward(
         self,
@@ -79,12 +109,12 @@ class LocalAttention(nn.Module):
         segment_ids: Tensor | None = None,
         state: State | None = None,
     ) -> Tensor | tuple[Tensor, State]:
-        """Attend within the window.
+        """Attend within the window, the chunk or the row.
 
         Args:
             x: (B, L, D).
             attention_mask: (B, L), True or 1 at real tokens.
-            position_bias: (H, left + right + 1), replaces this layer's own.
+            position_bias: like this layer's own, which it replaces.
             segment_ids: (B, L), ints; a token sees its own segment only. Not with a state.
             state: of the tokens before; not changed. Padding then is at the ends of rows. See `initial_state`.
 
@@ -94,8 +124,10 @@ class LocalAttention(nn.Module):
         if x.dim() != 3 or x.size(-1) != self.d_model:
             raise ValueError(f"x has shape {list(x.shape)}, expected (B, L, {self.d_model})")
         if position_bias is None:
-            position_bias = self.position_bias()
+            position_bias = self.position_bias(x.size(1))
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
+        if self.rope:
+            q, k = rotate(q), rotate(k)
         if position_bias is not None:
             position_bias = position_bias.to(q.dtype)
         mask = real_tokens(attention_mask, x)
@@ -104,14 +136,17 @@ class LocalAttention(nn.Module):
             if segment_ids is not None:
                 raise ValueError("segment_ids is given, expected None where a state is")
             k, v, mask, state = continued(state, k, v, mask)
-        out = local_attention(
+        out = self.attention(
             q,
             k,
             v,
             position_bias,
             window=self.window,
+            chunk_size=self.chunk_size,
+            causal=self.causal,
             attention_mask=mask,
             segment_ids=segment_ids,
+            **self.dropout_options(),
         )
         y = self.o(out.flatten(-2))
         return y if state is None else (y, state)
@@ -141,13 +176,23 @@ class LocalAttention(nn.Module):
         return keys, values, torch.zeros(batch_size, dtype=torch.long, device=weight.device)
 
     def check_has_states(self) -> None:
-        if self.window[1] > 0:
+        if self.window is None or self.window[1] > 0:
             raise ValueError(
-                f"window is {self.window}, expected (left, 0) for a state: a later token changes no earlier"
+                f"window is {self.window}, expected (left, 0) for a state: the last left + 1 tokens of a row"
             )
+        if self.rope:
+            raise ValueError("position is 'rope', expected another one for a state, whose keys are not rotated")
+
+    attention = staticmethod(local_attention)
+
+    def dropout_options(self) -> dict[str, Any]:
+        if self.dropout == 0 or not self.training:
+            return {}
+        return {"dropout_p": self.dropout, "dropout_seed": torch.randint(2**62, (), device="cpu")}
 
     def extra_repr(self) -> str:
-        return f"n_heads={self.n_heads}, window={self.window}"
+        reach = {"window": self.window, "chunk_size": self.chunk_size, "causal": self.causal or None}
+        return f"n_heads={self.n_heads}" + "".join(f", {name}={value}" for name, value in reach.items() if value)
 
 
 def continued(state: State, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, State]:

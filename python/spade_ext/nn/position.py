@@ -148,6 +148,25 @@ class SimpleBias(LearnedBias):
         return f"n_heads={self.weight.size(0)}, max_positions={self.max_positions}"
 
 
+def frequencies(n: int, device: torch.device) -> Tensor:
+    """n angles a token, 1 to almost 1 / 10000, in float64."""
+    return 10000 ** (-torch.arange(n, dtype=torch.float64, device=device) / n)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary embedding: coordinates i and i + D / 2 of x (B, L, H, D), D even, turned by the token's place in its row.
+
+    Products of rotated queries and keys depend on their distance alone, so that padding and packing change nothing.
+
+    Source: RoFormer (arXiv 2104.09864), with the pairs of GPT-NeoX.
+    """
+    places = torch.arange(x.size(1), dtype=torch.float64, device=x.device)
+    angles = places[:, None, None] * frequencies(x.size(-1) // 2, x.device)  # (L, 1, D / 2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
 class RotaryBias(LearnedBias):
     """MEGA's rotary bias: the product of two learned vectors a head, rotated to the query's and the key's position.
 
@@ -172,10 +191,8 @@ class RotaryBias(LearnedBias):
         """The table (H, left + right + 1) for a window; halves of a vector are the two coordinates that rotate."""
         a1, a2 = self.alpha.chunk(2, dim=-1)
         b1, b2 = self.beta.chunk(2, dim=-1)
-        half = a1.size(-1)
         offsets = torch.arange(-left, right + 1, dtype=torch.float64, device=self.alpha.device)
-        frequencies = 10000 ** (-torch.arange(half, dtype=torch.float64, device=self.alpha.device) / half)
-        angles = frequencies[:, None] * offsets  # (dim / 2, left + right + 1)
+        angles = frequencies(a1.size(-1), offsets.device)[:, None] * offsets  # (dim / 2, left + right + 1)
         cos, sin = angles.cos().to(self.alpha.dtype), angles.sin().to(self.alpha.dtype)
         return (a1 * b1 + a2 * b2) @ cos + (a2 * b1 - a1 * b2) @ sin
 
@@ -206,3 +223,12 @@ def build_position_bias(
     if position not in builders:
         raise ValueError(f"position is {position!r}, expected 't5', 'alibi', 'simple', 'rotary' or None")
     return builders[position]()
+
+
+def row_table(position: nn.Module, length: int, *, causal: bool) -> Tensor | None:
+    """The table (H, 2 length - 1) of a full row or a chunk, 0 at offsets that no query sees; None at length 0."""
+    if length == 0:
+        return None
+    if causal:
+        return nn.functional.pad(position(length - 1, 0), (0, length - 1))
+    return position(length - 1, length - 1)

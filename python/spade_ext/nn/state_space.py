@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 # The most real numbers in the states of a channel, over both directions, with which a scan is not slower than a
 # convolution by FFT (benchmarks/scan_or_fft.py).
-SCAN_LIMIT = 8
+SCAN_LIMIT = 16
 
 
 def parameter_dtype() -> torch.dtype:

@@ -1,5 +1,6 @@
 """The operators: thin functions over `torch.ops.spade_ext`, each with its plain PyTorch reference `<op>_ref`."""
 
+from . import flops  # noqa: F401
 from .diagonal import (
     diagonal_kernel,
     diagonal_kernel_ref,
