@@ -1,5 +1,7 @@
 """Hugging Face models of random weights with attn_implementation="spade_local" against the same with "sdpa"."""
 
+from copy import deepcopy
+
 import torch
 from timing import Benchmark
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ class Layers(nn.Module):
     def __init__(self, config: PretrainedConfig, attention: str):
         super().__init__()
         torch.manual_seed(0)
-        self.model = AutoModel.from_config(config, attn_implementation=attention)
+        self.model = AutoModel.from_config(deepcopy(config), attn_implementation=attention)  # which it writes there
         self.model.get_input_embeddings().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -318,6 +318,8 @@ def test_errors_of_a_state():
     ):
         with pytest.raises(ValueError, match=r"^window is \(2, 1\), expected \(left, 0\) for a state"):
             call()
+    with pytest.raises(ValueError, match=r"^window is None, expected \(left, 0\) for a state"):
+        nn.LocalAttention(8, 2, chunk_size=4, causal=True).initial_state(2)
     layer = nn.LocalAttention(8, 2, window=(2, 0))
     state = layer.initial_state(2)
     with pytest.raises(ValueError, match=r"^x has shape \[2, 5, 8\], expected \(B, 8\)$"):
