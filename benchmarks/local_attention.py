@@ -14,7 +14,7 @@ from transformers import LongT5Config
 from transformers.models.longt5.modeling_longt5 import LongT5LocalAttention, _get_local_attention_mask
 
 from spade_ext.nn import LocalAttention
-from spade_ext.ops import local_attention, local_attention_ref
+from spade_ext.ops import local_attention, local_attention_ref, local_attention_step
 
 
 def three_blocks(L: int, left: int, right: int) -> Callable[..., Tensor]:
@@ -97,6 +97,27 @@ def flops(B: int, L: int, H: int, D: int, left: int, right: int) -> tuple[float,
     return 4 * D * B * H * pairs, 10 * D * B * H * pairs
 
 
+def steps(benchmark: Benchmark, B: int, H: int, Hkv: int, D: int, window: int, dtype: torch.dtype) -> None:
+    """A token against full rings of `window` keys, as many of them, one after the other, as no cache holds."""
+    q, (k, v) = torch.randn(B, H, D, dtype=dtype), torch.randn(2, B, Hkv, D, dtype=dtype)
+    nbytes = 2 * B * window * Hkv * D * dtype.itemsize
+    count = 2 if benchmark.quick else -(-(128 << 20) // nbytes)
+    rings = torch.randn(count, 2, B, window, Hkv, D).to(dtype)
+    position = torch.full((B,), 3 * window)
+
+    def ours() -> list[Tensor]:
+        return [local_attention_step(q, k, v, None, *ring, position) for ring in rings]
+
+    def peer() -> list[Tensor]:
+        attend = partial(F.scaled_dot_product_attention, q[:, :, None], enable_gqa=True)
+        return [attend(*(t.transpose(1, 2) for t in ring)).squeeze(2) for ring in rings]
+
+    case = f"step, B {B} H {H}/{Hkv} D {D}, {window} keys, {str(dtype).removeprefix('torch.')}"
+    check(case, "SDPA", ours(), peer(), tolerance=1e-5 if dtype == torch.float32 else 0.03)
+    seconds = {side: time / count for side, time in benchmark.medians(ours=ours, peer=peer).items()}
+    benchmark.row(case, "forward", seconds, "SDPA, no new key", 4 * B * H * D * window, nbytes)
+
+
 def main() -> None:
     benchmark = Benchmark(__doc__)
     quick = benchmark.quick
@@ -153,6 +174,10 @@ def main() -> None:
                 seconds = benchmark.medians(ours=partial(ours, *half), peer=partial(ours, *single))
             benchmark.row(name, "forward", seconds, "ours, float32", work[0])
             benchmark.row(name, "forward + backward", benchmark.medians(**calls), "ours, float32", sum(work))
+
+    for shape in [(2, 4, 2, 16, 31)] if quick else [(1, 8, 8, 64, 512), (1, 16, 4, 64, 2048), (8, 8, 8, 64, 512)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            steps(benchmark, *shape, dtype)
 
     B, L, D, H, radius = (1, 96, 32, 2, 7) if quick else (4, 4096, 512, 8, 127)
     layer = LocalAttention(D, H, window=(radius, radius))
