@@ -158,6 +158,19 @@ def test_a_bidirectional_decoder():
     assert_same(model, "sdpa", tolerance=1e-9, mask=mask_of("left"), input_ids=tokens(3, 17))
 
 
+def test_a_window_of_the_token_itself():
+    config = ModernBertConfig(**(CONFIGS["modernbert"].to_dict() | dict(local_attention=1, layer_types=None)))
+    assert_same(build(config), mask=mask_of("left"), input_ids=tokens(3, 17))
+
+
+def test_keys_that_the_mask_is_not_of_are_refused():
+    """The sliding cache of transformers keeps all keys for a window of 1."""
+    model = build(MistralConfig(**SIZES, **DECODER, num_hidden_layers=2, sliding_window=1))
+    model.set_attn_implementation("spade_local")
+    with pytest.raises(ValueError, match=r"^spade_local: there are \d+ keys, expected \d+ as in the mask$"):
+        model.generate(tokens(2, 9), do_sample=False, max_new_tokens=4)
+
+
 def test_attention_across_sequences():
     config = BertConfig(**SIZES, num_hidden_layers=1, is_decoder=True, add_cross_attention=True)
     model = BertModel(config).eval().double()

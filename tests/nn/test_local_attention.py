@@ -194,13 +194,17 @@ def test_half_precision_module():
         ({"d_model": 0}, r"d_model is 0, expected at least 1"),
         ({"n_heads": 3}, r"n_heads is 3, expected a divisor of d_model = 8"),
         ({"window": (1,)}, r"window is \(1,\), expected \(left, right\), both ints of 0 or more"),
+        ({"window": 3}, r"window is 3, expected \(left, right\), both ints of 0 or more"),
+        ({"n_heads": 2.0}, r"n_heads is 2.0, expected a divisor of d_model = 8"),
+        ({"dropout": 1.5}, r"dropout is 1.5, expected 0 or more and less than 1"),
+        ({"window": None, "chunk_size": 2.5}, r"chunk_size is 2.5, expected an int of at least 1, or None"),
         ({"window": (-1, 0)}, r"window is \(-1, 0\), expected \(left, right\), both ints of 0 or more"),
         ({"window": (1.5, 0)}, r"window is \(1.5, 0\), expected \(left, right\), both ints of 0 or more"),
         ({"position": "xpos"}, r"position is 'xpos', expected 't5', 'alibi', 'simple', 'rotary' or None"),
         ({"d_model": 6, "position": "rope"}, r"position is 'rope', expected another one for heads of odd width 3"),
         ({"causal": True}, r"window is \(2, 2\), expected a right of 0, since causal is True"),
         ({"chunk_size": 4}, r"chunk_size is 4, expected None beside a window"),
-        ({"window": None, "chunk_size": 0}, r"chunk_size is 0, expected at least 1"),
+        ({"window": None, "chunk_size": 0}, r"chunk_size is 0, expected an int of at least 1, or None"),
         ({"d_model": 6, "position": "rotary"}, r"dim is 3, expected an even number of at least 2"),
         ({"num_buckets": 5}, r"num_buckets is 5, expected an even number of at least 4"),
         ({"max_distance": 16}, r"max_distance is 16, expected at least num_buckets = 32"),
@@ -289,6 +293,17 @@ def test_a_state_is_plain_tensors():
     _, state = layer(x[:, :6], state=layer.initial_state(3))
     state = tuple(t.index_select(0, beams) for t in state)
     torch.testing.assert_close(by_steps(layer, x[beams][:, 6:], state), layer(x)[beams][:, 6:])
+
+
+def test_a_state_under_autocast():
+    layer = nn.LocalAttention(8, 2, window=(3, 0))
+    x = torch.randn(2, 7, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state, expected = layer.initial_state(2), layer(x)
+        y, state = layer(x[:, :5], state=state)
+        found = torch.cat([y, by_steps(layer, x[:, 5:], state)], dim=1)
+    assert found.dtype == state[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_shared_table_in_steps():

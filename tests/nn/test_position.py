@@ -152,8 +152,8 @@ def test_a_module_made_on_meta_computes_what_one_made_on_the_cpu_does(name):
     [
         (lambda: AlibiBias(0), r"n_heads is 0, expected at least 1"),
         (lambda: SimpleBias(2, 0), r"max_positions is 0, expected at least 1"),
-        (lambda: SimpleBias(2, 4)(4, 0), r"the window reaches 4 tokens, expected fewer than max_positions = 4"),
-        (lambda: SimpleBias(2, 4)(0, 9), r"the window reaches 9 tokens, expected fewer than max_positions = 4"),
+        (lambda: SimpleBias(2, 4)(4, 0), r"a token sees others 4 tokens away, expected fewer than max_positions = 4"),
+        (lambda: SimpleBias(2, 4)(0, 9), r"a token sees others 9 tokens away, expected fewer than max_positions = 4"),
         (lambda: RotaryBias(2, 5), r"dim is 5, expected an even number of at least 2"),
         (
             lambda: build_position_bias("learned", 2, max_positions=4, dim=4),

@@ -29,9 +29,10 @@ NAME = "spade_local"
 
 @dataclass(frozen=True, eq=False)
 class Band:
-    """The keys that queries see, in the words of `spade_ext.ops.local_attention`; keys after the n_keys first are free
-    places of a static cache."""
+    """The keys that queries see, in the words of `spade_ext.ops.local_attention`; of kv_length keys those after the
+    n_keys first are free places of a static cache."""
 
+    kv_length: int
     n_keys: int
     window: tuple[int, int] | None
     causal: bool
@@ -77,7 +78,7 @@ def band(
     causal = kv_length > 1 and not ahead.any()
     window = None
     if local_size is not None:
-        window = (local_size - 1, 0) if causal else (local_size, local_size)
+        window = (max(local_size - 1, 0), 0) if causal else (local_size, local_size)
     beyond = kv_length if window is None else window[0] + 1
     if not (causal or torch.equal(ahead, behind)) or seen(key[:, beyond:], key[:, :-beyond]).any():
         raise ValueError(f"{NAME}: the mask is not the same for all tokens, expected a causal, sliding or full one")
@@ -90,7 +91,7 @@ def band(
     if attention_mask is not None:
         attention_mask = pad(attention_mask, (-kv_offset, kv_offset + n_keys - attention_mask.size(1)))
     segment_ids = None if behind.all() else pad((~behind).cumsum(1), (1, 0))[:, :n_keys]
-    return Band(n_keys, window, causal, attention_mask, segment_ids)
+    return Band(kv_length, n_keys, window, causal, attention_mask, segment_ids)
 
 
 def attention(
@@ -117,10 +118,12 @@ def attention(
         raise ValueError(f"{NAME}: output_attentions is True, expected False, as weights are never kept")
     if attention_mask is None and sliding_window is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        attention_mask = Band(key.size(2), None, causal, None, None)
+        attention_mask = Band(key.size(2), key.size(2), None, causal, None, None)
     if not isinstance(attention_mask, Band):
         found = "None" if attention_mask is None else f"a tensor of shape {list(attention_mask.shape)}"
         raise ValueError(f"{NAME}: the mask is {found}, expected one that the model made of an attention_mask (B, L)")
+    if key.size(2) != attention_mask.kv_length:
+        raise ValueError(f"{NAME}: there are {key.size(2)} keys, expected {attention_mask.kv_length} as in the mask")
     n = attention_mask.n_keys
     q, k, v = (t.transpose(1, 2) for t in (query, key[:, :, :n], value[:, :, :n]))
     out = local_attention(

@@ -8,6 +8,7 @@ from torch.nn.functional import pad, silu
 
 from ..ops import local_attention
 from .ema import EMA
+from .local_attention import checked_reach
 from .mask import real_tokens
 from .norm import Norm, build_norm
 from .position import SimpleBias, build_position_bias
@@ -63,20 +64,18 @@ class GatedAttention(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        for name, size in {"d_model": d_model, "z_dim": z_dim, "h_dim": h_dim, "chunk_size": chunk_size}.items():
-            if size is not None and size < 1:
+        for name, size in {"d_model": d_model, "z_dim": z_dim, "h_dim": h_dim}.items():
+            if size < 1:
                 raise ValueError(f"{name} is {size}, expected at least 1")
         if activation not in ("softmax", "relu2", "laplace"):
             raise ValueError(f"activation is {activation!r}, expected 'softmax', 'relu2' or 'laplace'")
         if position not in ("simple", "rotary"):
             raise ValueError(f"position is {position!r}, expected 'simple' or 'rotary'")
-        if window is not None:
-            if len(window) != 2 or min(window) < 0 or (causal and window[1] > 0):
-                raise ValueError(f"window is {window}, expected (left, right), 0 or more, right 0 where causal")
-            if chunk_size is not None or activation != "softmax":
-                raise ValueError(f"window is {window}, expected None beside a chunk_size or activation {activation!r}")
-        self.d_model, self.z_dim, self.h_dim, self.window = d_model, z_dim, h_dim, window
-        self.chunk_size, self.causal, self.activation, self.prenorm = chunk_size, causal, activation, prenorm
+        self.window, self.chunk_size = checked_reach(window, chunk_size, causal)
+        if window is not None and activation != "softmax":
+            raise ValueError(f"window is {window}, expected None for activation {activation!r}")
+        self.d_model, self.z_dim, self.h_dim = d_model, z_dim, h_dim
+        self.causal, self.activation, self.prenorm = causal, activation, prenorm
         self.norm = nn.Identity() if norm is None else build_norm(norm, d_model)
         self.ema = EMA(d_model, n_dim, bidirectional=not causal, truncation=truncation)
         self.v_proj = nn.Linear(d_model, h_dim)

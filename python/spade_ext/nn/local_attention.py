@@ -1,6 +1,7 @@
 """The attention layer of SPADE: multi-head attention over a window."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,28 @@ from .position import Position, build_position_bias, rotate, row_table
 # The last left + 1 keys and values of each row, (B, left + 1, H, D / H), and how many tokens the row has had, (B,).
 # Tensors that are cloned, moved, index_selected or saved like any others; see `spade_ext.ops.local_attention_step`.
 State = tuple[Tensor, Tensor, Tensor]
+
+
+def checked_reach(
+    window: Sequence[int] | None, chunk_size: int | None, causal: bool
+) -> tuple[tuple[int, int] | None, int | None]:
+    """A layer's window and chunk_size, one of them or none.
+
+    Raises:
+        ValueError: they are no such sizes, both are given, or the window does not fit `causal`.
+    """
+    if window is not None:
+        sides = window if isinstance(window, (tuple, list)) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= 0 for side in sides):
+            raise ValueError(f"window is {window}, expected (left, right), both ints of 0 or more")
+        if causal and window[1] > 0:
+            raise ValueError(f"window is {window}, expected a right of 0, since causal is True")
+        if chunk_size is not None:
+            raise ValueError(f"chunk_size is {chunk_size}, expected None beside a window")
+        window = tuple(window)
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+        raise ValueError(f"chunk_size is {chunk_size}, expected an int of at least 1, or None")
+    return window, chunk_size
 
 
 class LocalAttention(nn.Module):
@@ -51,21 +74,13 @@ class LocalAttention(nn.Module):
         super().__init__()
         if d_model < 1:
             raise ValueError(f"d_model is {d_model}, expected at least 1")
-        if n_heads < 1 or d_model % n_heads:
+        if not isinstance(n_heads, int) or n_heads < 1 or d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}, expected a divisor of d_model = {d_model}")
-        if window is not None:
-            if len(window) != 2 or not all(isinstance(side, int) and side >= 0 for side in window):
-                raise ValueError(f"window is {window}, expected (left, right), both ints of 0 or more")
-            if causal and window[1] > 0:
-                raise ValueError(f"window is {window}, expected a right of 0, since causal is True")
-            if chunk_size is not None:
-                raise ValueError(f"chunk_size is {chunk_size}, expected None beside a window")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, expected 0 or more and less than 1")
         self.d_model = d_model
         self.n_heads = n_heads
-        self.window = None if window is None else tuple(window)
-        self.chunk_size = chunk_size
+        self.window, self.chunk_size = checked_reach(window, chunk_size, causal)
         self.causal = causal or (window is not None and window[1] == 0)
         self.dropout = dropout
         self.rope = position == "rope"
@@ -179,12 +194,14 @@ class LocalAttention(nn.Module):
         return {"dropout_p": self.dropout, "dropout_seed": torch.randint(2**62, (), device="cpu")}
 
     def initial_state(self, batch_size: int) -> State:
-        """That before the first token, of constant size however many follow."""
+        """That before the first token, of constant size however many follow; under autocast of the type of its keys."""
         self.check_has_states()
-        weight, left = self.qkv.weight, self.window[0]
+        device, dtype, left = self.qkv.weight.device, self.qkv.weight.dtype, self.window[0]
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         shape = batch_size, left + 1, self.n_heads, self.d_model // self.n_heads
-        keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
-        return keys, values, torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return keys, values, torch.zeros(batch_size, dtype=torch.long, device=device)
 
     def check_has_states(self) -> None:
         if self.window is None or self.window[1] > 0:

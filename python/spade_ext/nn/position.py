@@ -140,7 +140,7 @@ class SimpleBias(LearnedBias):
         """The table (H, left + right + 1) for a window, whose sides are both below max_positions."""
         if (reach := max(left, right)) >= self.max_positions:
             raise ValueError(
-                f"the window reaches {reach} tokens, expected fewer than max_positions = {self.max_positions}"
+                f"a token sees others {reach} tokens away, expected fewer than max_positions = {self.max_positions}"
             )
         return self.weight[:, self.max_positions - 1 - left : self.max_positions + right]
 
