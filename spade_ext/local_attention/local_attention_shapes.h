@@ -179,13 +179,14 @@ struct StepTensors {
 };
 
 inline void check_step(const StepTensors& t, std::optional<double> scale) {
-  constexpr const char *op = "local_attention_step", *letters = "(B, left + 1, Hkv, D)";
+  constexpr const char *op = "local_attention_step", *letters = "(B, left + 1, Hkv, D)",
+                       *letters_of_v = "(B, left + 1, Hkv, Dv)";
   const auto& [q, k, v, bias, k_cache, v_cache, position] = t;
   check_dim(op, "q", q, 3, "(B, H, D)");
   check_dim(op, "k", k, 3, "(B, Hkv, D)");
   check_dim(op, "v", v, 3, "(B, Hkv, Dv)");
   check_dim(op, "k_cache", k_cache, 4, letters);
-  check_dim(op, "v_cache", v_cache, 4, "(B, left + 1, Hkv, Dv)");
+  check_dim(op, "v_cache", v_cache, 4, letters_of_v);
   check_floating(op, q);
   for (const auto& [name, like_q] :
        {std::pair("k", k), std::pair("v", v), std::pair("k_cache", k_cache), std::pair("v_cache", v_cache)})
@@ -196,12 +197,12 @@ inline void check_step(const StepTensors& t, std::optional<double> scale) {
   check_heads(op, q.sym_size(1), k.sym_size(1));
   TORCH_CHECK_VALUE(k_cache.sym_size(1).sym_gt(0).expect_true(__FILE__, __LINE__), op, ": k_cache has shape ",
                     shape_text(k_cache), ", expected at least 1 in dimension 1 of ", letters);
-  check_size(op, "v_cache", v_cache, 1, k_cache.sym_size(1), "(B, left + 1, Hkv, Dv)");
-  for (const auto& [name, cache, row] :
-       {std::tuple("k_cache", k_cache, k), std::tuple("v_cache", v_cache, v)}) {
-    check_size(op, name, cache, 0, row.sym_size(0), letters);
-    check_size(op, name, cache, 2, row.sym_size(1), letters);
-    check_size(op, name, cache, 3, row.sym_size(2), letters);
+  check_size(op, "v_cache", v_cache, 1, k_cache.sym_size(1), letters_of_v);
+  for (const auto& [name, cache, row, of_cache] :
+       {std::tuple("k_cache", k_cache, k, letters), std::tuple("v_cache", v_cache, v, letters_of_v)}) {
+    check_size(op, name, cache, 0, row.sym_size(0), of_cache);
+    check_size(op, name, cache, 2, row.sym_size(1), of_cache);
+    check_size(op, name, cache, 3, row.sym_size(2), of_cache);
   }
   if (is_given(bias)) {
     check_dim(op, "bias", *bias, 2, "(H, left + 1)");

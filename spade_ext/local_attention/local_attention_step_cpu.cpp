@@ -22,9 +22,7 @@ namespace spade_ext::local_attention_cpu {
 template <class scalar_t>
 class Ring {
  public:
-  explicit Ring(const at::Tensor& cache) : cache_(cache), rows_(cache) {
-    at::assert_no_internal_overlap(cache);
-  }
+  explicit Ring(const at::Tensor& cache) : cache_(cache), rows_(cache) {}
   int64_t size() const { return cache_.size(1); }
   int64_t stride() const { return rows_.stride(); }
   const scalar_t* at(int64_t b, int64_t slot, int64_t head) const { return rows_.at(b, slot, head); }
@@ -125,13 +123,23 @@ class Step {
   }
 };
 
+// A cache is written, each number of it once.
+void check_memory(const char* name, const at::Tensor& cache) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(cache) != at::MemOverlap::Yes, "local_attention_step: ", name,
+                    " has strides ", cache.strides(), ", expected no two elements in one place");
+}
+
 at::Tensor local_attention_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                 const OptionalTensor& bias, const at::Tensor& k_cache,
                                 const at::Tensor& v_cache, const at::Tensor& position,
                                 std::optional<double> scale) {
   const local_attention_shapes::StepTensors tensors{q, k, v, bias, k_cache, v_cache, position};
   local_attention_shapes::check_step(tensors, scale);
-  at::assert_no_overlap(k_cache, v_cache);
+  check_memory("k_cache", k_cache);
+  check_memory("v_cache", v_cache);
+  const auto shared = at::get_overlap_status(k_cache, v_cache);
+  TORCH_CHECK_VALUE(shared != at::MemOverlapStatus::Full && shared != at::MemOverlapStatus::Partial,
+                    "local_attention_step: k_cache and v_cache share memory, expected separate tensors");
   const auto out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "local_attention_step",
                                   [&] { Step<scalar_t>(tensors, scale, out).run(); });
