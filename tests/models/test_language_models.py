@@ -113,6 +113,18 @@ def test_adaptive_embedding_and_softmax_are_those_of_fairseq():
     torch.testing.assert_close(model(ids).logits, torch.cat(expected, -1))
 
 
+@pytest.mark.parametrize("wrong", [-1, V])
+@all_heads
+def test_ids_and_labels_out_of_the_vocabulary_are_refused(options, wrong):
+    model, ids = language_model(**options), batch()
+    labels = ids.clone()
+    labels[1, 3] = wrong
+    with pytest.raises(IndexError, match="index out of range in self"):
+        model(labels)
+    with pytest.raises(IndexError, match=f"^Target {wrong} is out of bounds"):
+        model(ids, labels=labels)
+
+
 def test_adaptive_weights_start_as_those_of_fairseq():
     model = SpadeForCausalLM(config(vocab_size=4000, hidden_size=128, adaptive_cutoffs=(1000, 2000), ssm_layers=()))
     for index, band in enumerate(model.model.embed_tokens.bands):
