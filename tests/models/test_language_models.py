@@ -4,7 +4,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import cross_entropy, linear, one_hot
+from torch.nn.functional import cross_entropy, linear, one_hot, pad
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from spade_ext.models import SpadeConfig, SpadeForCausalLM, SpadeForMaskedLM, SpadeModel, vocabulary
@@ -240,6 +240,19 @@ def test_packed_documents_have_the_losses_of_those_alone():
         torch.testing.assert_close(model(ids, labels=ids, **packing).loss, sums / 12)
 
 
+@all_heads
+def test_padding_predicts_nothing(options):
+    """A row padded on the left, on the right and not at all has one loss: its first token is predicted by none."""
+    model, ids = language_model(**options), batch(2, 9)
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    alone = model(ids, labels=labels).loss
+    for side in ((4, 0), (0, 4)):
+        padded, real = pad(ids, side, value=1), pad(mask, side)
+        for kind in (real, real.bool()):
+            loss = model(padded, kind, labels=pad(labels, side, value=-100)).loss
+            torch.testing.assert_close(loss, alone, rtol=1e-12, atol=1e-12)
+
+
 POSITIONS = ["t5", "rope", "learned", "sinusoidal", None]
 
 
@@ -299,8 +312,8 @@ def test_generation_without_a_cache_is_greedy(mixer):
     for _ in range(4):
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(generated, expected)
-    left = torch.nn.functional.pad(ids, (3, 0), value=1)
-    mask = torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    left = pad(ids, (3, 0), value=1)
+    mask = pad(torch.ones_like(ids), (3, 0))
     padded = model.generate(left, attention_mask=mask, max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(padded[:, 3:], expected)
 

@@ -284,8 +284,8 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, inputs_embeds, segment_ids, position_ids: see `SpadeModel.forward`.
-            labels: (B, L), ids that input_ids may be; -100 asks for nothing. The model predicts labels[:, t + 1] at t,
-                unless another document begins there.
+            labels: (B, L), ids that input_ids may be; -100 asks for nothing. The model predicts labels[:, t + 1] at a
+                real token t, unless another document begins there.
             logits_to_keep: how many of the last tokens' logits, 0 for all; or which tokens' ones, indices.
             num_items_in_batch: what the sum of losses is divided by; None is the number of labels that count.
 
@@ -303,6 +303,8 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
             logits = self.logits(x[:, kept])
         else:
             following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            if (mask := real_tokens(attention_mask, x)) is not None:
+                following = following.masked_fill(~mask, IGNORED)
             if segment_ids is not None:
                 ends = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (0, 1), value=True)
                 following = following.masked_fill(ends, IGNORED)
