@@ -72,6 +72,18 @@ def test_loss_is_the_cross_entropy_of_the_logits(options, few_logits_at_once):
 
 
 @all_heads
+@pytest.mark.parametrize("model_class", [SpadeForCausalLM, SpadeForMaskedLM])
+def test_loss_is_zero_where_no_label_counts(options, model_class):
+    window = (3, 0) if model_class is SpadeForCausalLM else (3, 3)
+    model, ids = model_class(config(**options, window=window)), batch()
+    nothing = torch.full_like(ids, -100)
+    for items in (None, 0, torch.tensor(0)):
+        loss = model(ids, labels=nothing, num_items_in_batch=items).loss
+        assert loss.item() == 0
+        assert not any(gradient.any() for gradient in gradients(model, loss).values())
+
+
+@all_heads
 def test_every_parameter_gets_a_gradient(options):
     model, ids = language_model(**options), batch(3, 30)
     for name, gradient in gradients(model, model(ids, labels=ids).loss).items():

@@ -249,7 +249,10 @@ class SpadeLanguageModel(SpadePreTrainedModel):
         return self.adaptive_head(x, self.model.embed_tokens)
 
     def token_loss(self, x: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Cross entropy of x (B, L, D) and labels (B, L): its sum over num_items_in_batch, None for labels not -100."""
+        """Cross entropy of x (B, L, D) and labels (B, L): its sum over num_items_in_batch, None for labels not -100.
+
+        0 where no label counts.
+        """
         x, labels = x.flatten(0, 1), labels.flatten()
         if self.config.adaptive_cutoffs is None:
             loss = sum_of_losses(self.lm_head, x, labels, self.lm_head.out_features)
@@ -257,9 +260,9 @@ class SpadeLanguageModel(SpadePreTrainedModel):
             loss = self.adaptive_head.loss(x, labels, self.model.embed_tokens)
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORED).sum()
-        elif isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
+        if isinstance(num_items_in_batch, Tensor):
+            return loss / num_items_in_batch.to(loss.device).clamp(min=1)
+        return loss / max(1, num_items_in_batch)
 
 
 class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
