@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy, linear, one_hot, pad
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from spade_ext.models import SpadeConfig, SpadeForCausalLM, SpadeForMaskedLM, SpadeModel, vocabulary
 from spade_ext.models.presets import LRA_TASKS, PRESETS
@@ -63,7 +63,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(options, few_logits_at_once):
     assert logits.shape == (3, 20, V)
     expected = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     output = model(ids, labels=labels)
-    assert output.logits is None
+    assert model.training and output.logits is None
     torch.testing.assert_close(output.loss, expected)
     torch.testing.assert_close(gradients(model, output.loss), gradients(model, expected))
     count = (labels[:, 1:] != -100).sum()
@@ -88,6 +88,30 @@ def test_every_parameter_gets_a_gradient(options):
     model, ids = language_model(**options), batch(3, 30)
     for name, gradient in gradients(model, model(ids, labels=ids).loss).items():
         assert gradient.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("model_class", [SpadeForCausalLM, SpadeForMaskedLM])
+@pytest.mark.parametrize("name", ["plain", "adaptive"])
+def test_evaluation_gives_logits_beside_the_loss(model_class, name, tmp_path):
+    """Trainer hands them to compute_metrics; a loss-only evaluation of a decoder makes few of them."""
+    window = (3, 0) if model_class is SpadeForCausalLM else (3, 3)
+    model, ids = model_class(config(**HEADS[name], window=window)).eval(), batch()
+    seen = []
+
+    def metrics(prediction):
+        seen.append(torch.from_numpy(prediction.predictions))
+        return {}
+
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=3, use_cpu=True, report_to="none")
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    loss = Trainer(model, arguments, eval_dataset=rows, compute_metrics=metrics).evaluate()["eval_loss"]
+    output, logits = model(ids, labels=ids), model(ids).logits
+    assert torch.equal(output.logits, logits) and torch.equal(model(ids, labels=ids, return_dict=False)[1], logits)
+    torch.testing.assert_close(seen, [logits])
+    assert loss == pytest.approx(output.loss.item(), rel=1e-5)
+    if model_class is SpadeForCausalLM:
+        last = model(ids, labels=ids, logits_to_keep=1)
+        assert torch.equal(last.loss, output.loss) and last.logits.shape == (3, 1, V)
 
 
 def test_loss_keeps_no_logits(few_logits_at_once):

@@ -222,7 +222,10 @@ class SpadeModel(SpadePreTrainedModel):
 
 
 class SpadeLanguageModel(SpadePreTrainedModel):
-    """What language models share: logits over the vocabulary, and a loss that never holds all of them."""
+    """What language models share: logits over the vocabulary, and a loss that never holds all of them.
+
+    With labels, a model in training makes no logits; in evaluation it does, for metrics to read.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     needs_causal: bool
@@ -289,11 +292,13 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
             input_ids, attention_mask, inputs_embeds, segment_ids, position_ids: see `SpadeModel.forward`.
             labels: (B, L), ids that input_ids may be; -100 asks for nothing. The model predicts labels[:, t + 1] at a
                 real token t, unless another document begins there.
-            logits_to_keep: how many of the last tokens' logits, 0 for all; or which tokens' ones, indices.
+            logits_to_keep: how many of the last tokens' logits, 0 for all; or which tokens' ones, indices. Where a loss
+                alone is evaluated, 1 spares the memory of all.
             num_items_in_batch: what the sum of losses is divided by; None is the number of labels that count.
 
         Returns:
-            CausalLMOutput with logits (B, L, vocab_size); or, given labels, the loss and no logits.
+            CausalLMOutput with logits (B, L, vocab_size), None where a model in training is given labels; and, given
+            labels, the loss.
         """
         if labels is not None and segment_ids is None and position_ids is not None:
             segment_ids = documents_of(check_position_ids(position_ids, labels), real_tokens(attention_mask, labels))
@@ -301,10 +306,10 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
             input_ids, attention_mask, inputs_embeds, segment_ids=segment_ids, position_ids=position_ids, **kwargs
         )
         x, loss, logits = outputs.last_hidden_state, None, None
-        if labels is None:
+        if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(x[:, kept])
-        else:
+        if labels is not None:
             following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
             if (mask := real_tokens(attention_mask, x)) is not None:
                 following = following.masked_fill(~mask, IGNORED)
@@ -340,13 +345,14 @@ class SpadeForMaskedLM(SpadeLanguageModel):
             num_items_in_batch: what the sum of losses is divided by; None is the number of labels that count.
 
         Returns:
-            MaskedLMOutput with logits (B, L, vocab_size); or, given labels, the loss and no logits.
+            MaskedLMOutput with logits (B, L, vocab_size), None where a model in training is given labels; and, given
+            labels, the loss.
         """
         outputs = self.model(input_ids, attention_mask, inputs_embeds, **kwargs)
         x, loss, logits = outputs.last_hidden_state, None, None
-        if labels is None:
+        if labels is None or not self.training:
             logits = self.logits(x)
-        else:
+        if labels is not None:
             loss = self.token_loss(x, labels, num_items_in_batch)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
