@@ -220,6 +220,16 @@ def test_pool_reads_real_tokens_only():
     assert pool(torch.ones(1, 3, 1), None, "last").item() == 1
 
 
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_pool_keeps_the_precision_of_its_input(pooling):
+    x, mask = torch.randn(2, 11, 4, dtype=torch.float64), torch.tensor([[0] * 4 + [1] * 7, [1] * 11])
+    expected = {"mean": [x[0, 4:].mean(0), x[1].mean(0)], "first": [x[0, 4], x[1, 0]], "last": [x[0, 10], x[1, 10]]}
+    pooled = pool(x, mask, pooling)
+    torch.testing.assert_close(pooled, torch.stack(expected[pooling]), rtol=1e-12, atol=1e-12)
+    many = torch.full((1, 3000, 1), 100.0, dtype=torch.float16)  # whose sum float16 cannot hold
+    assert pool(many, None, pooling).item() == 100 and pool(many, None, pooling).dtype == torch.float16
+
+
 def test_input_values_are_embedded_by_a_linear(tmp_path):
     model, values = classifier(input_size=2), torch.randn(3, 20, 2)
     logits = model(input_values=values).logits
