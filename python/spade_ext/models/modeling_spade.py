@@ -24,7 +24,7 @@ from ..nn.mask import matching_ids, real_tokens
 from ..nn.norm import build_norm
 from ..nn.state_space import StateSpaceLayer
 from .configuration_spade import ABSOLUTE_POSITIONS, SpadeConfig
-from .mixers import MIXERS, AttentionMixer, AttentionWeights, SpadeMixer, build_mixer
+from .mixers import AttentionMixer, AttentionWeights, SpadeMixer, build_mixer
 from .positions import SpadePositionEmbedding, check_position_ids, documents_of, positions_of
 from .vocabulary import IGNORED, AdaptiveEmbedding, AdaptiveHead, sum_of_losses
 
@@ -53,8 +53,7 @@ class SpadeLayer(GradientCheckpointingLayer):
         self.feed_forward = SpadeFeedForward(config)
         self.feed_forward_norm = build_norm(config.norm, config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        drops_out = getattr(MIXERS[config.mixer], "drops_out", False)
-        self.mixer_dropout = nn.Identity() if drops_out else nn.Dropout(config.dropout)
+        self.mixer_dropout = nn.Identity() if self.mixer.drops_out else nn.Dropout(config.dropout)
 
     def forward(
         self,
