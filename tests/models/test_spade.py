@@ -336,6 +336,10 @@ def test_compiles_as_one_graph_for_all_lengths():
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 
 
+def test_numbers_have_no_padding_id():
+    assert config(input_size=2, pad_token_id=99).pad_token_id == 99
+
+
 def test_regression_loss():
     model = classifier(num_labels=1)
     labels = torch.randn(3)
@@ -398,7 +402,13 @@ def test_regression_loss():
         ({"dropout": 1.5}, r"dropout is 1.5, expected 0 to 1"),
         ({"attention_dropout": 1.0}, r"attention_dropout is 1.0, expected less than 1"),
         ({"ssm_init_scale": 0, "ssm_combine": "stack"}, r"ssm_init_scale is 0, expected 1 where nothing stands beside"),
-        ({"use_cache": True}, r"use_cache is True, expected False, since causal is False"),
+        ({"use_cache": True}, r"use_cache is True, expected False: SPADE models of this version have no cache"),
+        (
+            {"use_cache": True, "causal": True, "window": (3, 0)},
+            r"use_cache is True, expected False: SPADE models of this version have no cache",
+        ),
+        ({"pad_token_id": 16}, r"pad_token_id is 16, expected an id from 0 to 15, or None"),
+        ({"pad_token_id": -1}, r"pad_token_id is -1, expected an id from 0 to 15, or None"),
         ({"adaptive_cutoffs": (8, 4)}, r"adaptive_cutoffs is \(8, 4\), expected rising ids from 1 to 15"),
         ({"adaptive_cutoffs": (4, 16)}, r"adaptive_cutoffs is \(4, 16\), expected rising ids from 1 to 15"),
         ({"adaptive_cutoffs": (4, 5, 6)}, r"adaptive_factor is 4, expected a last band of at least 1"),
@@ -428,5 +438,7 @@ def test_wrong_inputs():
         classifier(input_size=1)(input_values=torch.zeros(3, 20))
     with pytest.raises(ValueError, match=r"attention_mask has shape \[3, 1, 1, 20\], expected \[3, 20\], \(B, L\)"):
         model(batch(), torch.ones(3, 1, 1, 20))
-    with pytest.raises(ValueError, match="segment_ids is given, expected none: a row is classified as one document"):
+    with pytest.raises(ValueError, match=r"^segment_ids has shape \[3, 20\], expected None: a row is classified"):
         model(batch(), segment_ids=torch.zeros(3, 20))
+    with pytest.raises(ValueError, match=r"^position_ids has shape \[1, 20\], expected None: a row is classified"):
+        model(batch(), position_ids=torch.zeros(1, 20))

@@ -101,7 +101,10 @@ class SpadePreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Module:
         if self.config.adaptive_cutoffs is not None:
-            raise ValueError("adaptive_cutoffs is given, expected None to resize embeddings: ids are sorted in bands")
+            cutoffs = self.config.adaptive_cutoffs
+            raise ValueError(
+                f"adaptive_cutoffs is {cutoffs}, expected None to resize embeddings: ids are sorted in bands"
+            )
         return super().resize_token_embeddings(*args, **options)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -196,8 +199,11 @@ class SpadeModel(SpadePreTrainedModel):
         Returns:
             BaseModelOutput with last_hidden_state (B, L, D). What it holds at padded tokens means nothing.
         """
-        if use_cache or past_key_values is not None:
-            raise ValueError("use_cache is True, expected False: SPADE models of this version have no cache")
+        if use_cache:
+            raise ValueError(f"use_cache is {use_cache}, expected False: SPADE models of this version have no cache")
+        if past_key_values is not None:
+            given = type(past_key_values).__name__
+            raise ValueError(f"past_key_values is a {given}, expected None: SPADE models of this version have no cache")
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
             implementation = self.config._attn_implementation
             raise ValueError(f"output_attentions is True, expected attn_implementation 'eager', not {implementation!r}")
@@ -419,7 +425,8 @@ class SpadeForSequenceClassification(SpadePreTrainedModel):
         """
         for name in ("segment_ids", "position_ids"):
             if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is given, expected none: a row is classified as one document")
+                shape = list(kwargs[name].shape)
+                raise ValueError(f"{name} has shape {shape}, expected None: a row is classified as one document")
         outputs = self.model(input_ids, attention_mask, inputs_embeds, input_values, **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
         loss = None
