@@ -318,13 +318,33 @@ def test_learned_positions_are_those_of_documents():
     model = SpadeModel(config(position="learned", max_position_embeddings=9)).double()
     ids, position_ids, *_ = packed()
     assert model(ids, position_ids=position_ids).last_hidden_state.shape == (2, 15, 16)
-    with pytest.raises(ValueError, match="^position_ids reach 14, expected less than max_position_embeddings = 9$"):
+    with pytest.raises(ValueError, match="^position_ids are from 0 to 14, expected 0 to 8, below max_position_embed"):
         model(ids)
+    for wrong in (9, -1):
+        few = torch.tensor([[0, 1, wrong]])
+        match = f"^position_ids are from {few.min()} to {few.max()}, expected 0 to 8, below max_position_embeddings$"
+        with pytest.raises(ValueError, match=match):
+            model(ids[:, :3], position_ids=few)
+
+
+@pytest.mark.parametrize("position", ["t5", "learned", "sinusoidal"])
+def test_packed_rows_compile_as_one_graph(position):
+    """Without a state space model."""
+    torch.compiler.reset()  # the models share a limit of compilations
+    model = language_model(position=position, ssm_layers=()).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    ids, position_ids, *_ = packed()
+    for each in (position_ids, torch.tensor([[*range(11)]] * 2)):
+        tokens = ids[:, : each.size(1)]
+        expected = model(tokens, position_ids=each, labels=tokens)
+        actual = compiled(tokens, position_ids=each, labels=tokens)
+        torch.testing.assert_close(actual.loss, expected.loss)
+        torch.testing.assert_close(actual.logits, expected.logits)
 
 
 def test_sinusoids_are_those_of_fairseq():
     model = SpadeModel(config(position="sinusoidal"))
-    table = model.embed_positions(torch.tensor([[0, 5]]))
+    table = model.embed_positions(torch.tensor([[0, 5]]), counted=True)
     for row, number in ((table[0, 0], 2), (table[0, 1], 7)):
         angles = number * torch.exp(-math.log(10000) * torch.arange(8).double() / 7)
         torch.testing.assert_close(row, torch.cat([angles.sin(), angles.cos()]))

@@ -216,9 +216,9 @@ class SpadeModel(SpadePreTrainedModel):
         if self.config.scale_embedding:
             x = math.sqrt(self.config.hidden_size) * x
         if self.config.position in ABSOLUTE_POSITIONS:
-            if position_ids is None:
-                position_ids = positions_of(x, mask, segment_ids)
-            x = x + self.embed_positions(position_ids).to(x.dtype)
+            counted = position_ids is None
+            positions = positions_of(x, mask, segment_ids) if counted else position_ids
+            x = x + self.embed_positions(positions, counted).to(x.dtype)
         x = self.dropout(self.embed_norm(x))
         shared_bias = self._shared_bias(x.size(1))
         for layer in self.layers:
