@@ -458,5 +458,11 @@ def test_presets_are_models(name):
 def test_every_task_of_long_range_arena_has_every_model():
     models = {"spade-window", "spade-chunk", "mega-chunk", "mega-chunk-s4", "mega-full", "s4", "window", "full"}
     assert {f"lra-{task}-{model}" for task in LRA_TASKS for model in models} <= set(PRESETS)
+    chunks = {(task, model): PRESETS[f"lra-{task}-{model}"].get("chunk_size") for task in LRA_TASKS for model in models}
+    assert {pair for pair, size in chunks.items() if size == 4096} == {
+        ("pathx", "mega-chunk"),
+        ("pathx", "mega-chunk-s4"),
+    }
+    assert set(chunks.values()) == {None, 128, 4096}
     with pytest.raises(ValueError, match="^name is 'lra-image', expected one of wikitext103, "):
         SpadeConfig.preset("lra-image")

@@ -316,8 +316,8 @@ def test_half_precision_keeps_the_state_space_model_in_float32(tmp_path):
         SpadeForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16).eval(),
         classifier().bfloat16(),
     ):
-        kinds = {"ssm" if ".ssm." in name else "rest": p.dtype for name, p in half.named_parameters()}
-        assert kinds == {"ssm": torch.float32, "rest": torch.bfloat16}
+        kinds = {("ssm" if ".ssm." in name else "rest", p.dtype) for name, p in half.named_parameters()}
+        assert kinds == {("ssm", torch.float32), ("rest", torch.bfloat16)}
         assert half(ids).logits.dtype == torch.bfloat16
 
 

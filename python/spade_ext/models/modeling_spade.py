@@ -191,8 +191,10 @@ class SpadeModel(SpadePreTrainedModel):
             attention_mask: (B, L), True or 1 at real tokens, which may be padded on either side.
             segment_ids: (B, L), integers, of packed rows: a run of equal ids is a document, which sees only itself.
                 Their number is data: with them, a state space model does not compile as a single graph.
-            position_ids: (B, L) or (1, L), integers: a document begins where they start again. Only "learned" and
-                "sinusoidal" positions read their values; without them a document's real tokens are counted from 0.
+            position_ids: (B, L) or (1, L), integers: a document begins where they start again; with them, too, a state
+                space model does not compile as a single graph. Only "learned" positions, which must be below
+                max_position_embeddings, and "sinusoidal" ones read their values; without position_ids a document's
+                real tokens are counted from 0.
             past_key_values, use_cache: of a cache, which this version has not: None, and False or None.
             output_attentions: the attentions (B, H, L, L); with attn_implementation="eager" only.
 
