@@ -68,7 +68,7 @@ LRA_MODELS = {
 
 
 def _lra_options(task: str, model: str) -> dict[str, Any]:
-    # Mega-chunk's chunks are longer in Path-X (arXiv 2209.10655, section 4.1).
+    # Mega-chunk's chunks are longer in Path-X (arXiv 2209.10655).
     longer = {"chunk_size": 4096} if task == "pathx" and model.startswith("mega-chunk") else {}
     return LRA_TASKS[task] | LRA_MODELS[model] | longer
 
