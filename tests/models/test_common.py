@@ -10,10 +10,21 @@ from spade_ext.models import SpadeConfig, SpadeForCausalLM, SpadeForMaskedLM, Sp
 CHUNKED_MEGA = {"mixer": "mega", "window": None, "chunk_size": 4, "position": "rotary", "mega_z_dim": 8}
 MODELS = {
     "causal_lm": (SpadeForCausalLM, {"window": (3, 0), "attention_dropout": 0.1, "position_shared": True}),
-    # Without padding's id: its row of every band is 0, and norms blow the rounding errors of zeros up.
+    # Padding's row of every band is 0, and norms blow the rounding errors of zeros up: no padding's id, or positions.
     "adaptive_lm": (
         SpadeForCausalLM,
         {"window": (3, 0), "position": "rope", "adaptive_cutoffs": (4, 9), "adaptive_factor": 2, "pad_token_id": None},
+    ),
+    "padded_adaptive_lm": (
+        SpadeForCausalLM,
+        {
+            "window": (3, 0),
+            "position": "sinusoidal",
+            "adaptive_cutoffs": (4, 9),
+            "adaptive_factor": 2,
+            "scale_embedding": True,
+            "pad_token_id": 1,
+        },
     ),
     "mega_lm": (SpadeForCausalLM, {**CHUNKED_MEGA, "causal": True, "ssm_combine": "add"}),
     "masked_lm": (SpadeForMaskedLM, {"position": "learned", "embed_norm": True, "norm": "rmsnorm"}),
@@ -85,14 +96,18 @@ def test_all_tensors_are_parameters_or_buffers_and_made_from_nothing(name):
 
 @all_models
 def test_activation_checkpointing_gives_equal_gradients(name):
-    """With dropout, whose numbers the second forward draws again."""
+    """With dropout, whose numbers the second forward draws again; each layer runs once more in the backward."""
     model, ids = build(name).train(), batch()
     labels = labels_of(model, ids)
     checkpointed = copy.deepcopy(model)
     checkpointed.activation_checkpointing_enable()
-    for each in (model, checkpointed):
+    for each, times in ((model, 1), (checkpointed, 2)):
+        calls = []
+        for index, layer in enumerate(each.model.layers):
+            layer.mixer.register_forward_pre_hook(lambda module, inputs, index=index, calls=calls: calls.append(index))
         torch.manual_seed(1)
         each(ids, labels=labels).loss.backward()
+        assert sorted(calls) == [0] * times + [1] * times
     for (parameter, expected), actual in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
         assert expected.grad is not None, parameter
         torch.testing.assert_close(actual.grad, expected.grad)

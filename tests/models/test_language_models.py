@@ -4,8 +4,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import cross_entropy, linear, one_hot
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from torch.nn.functional import cross_entropy, linear, one_hot, pad
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache, Trainer, TrainingArguments
 
 from spade_ext.models import SpadeConfig, SpadeForCausalLM, SpadeForMaskedLM, SpadeModel, vocabulary
 from spade_ext.models.presets import LRA_TASKS, PRESETS
@@ -63,7 +63,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(options, few_logits_at_once):
     assert logits.shape == (3, 20, V)
     expected = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     output = model(ids, labels=labels)
-    assert output.logits is None
+    assert model.training and output.logits is None
     torch.testing.assert_close(output.loss, expected)
     torch.testing.assert_close(gradients(model, output.loss), gradients(model, expected))
     count = (labels[:, 1:] != -100).sum()
@@ -72,10 +72,46 @@ def test_loss_is_the_cross_entropy_of_the_logits(options, few_logits_at_once):
 
 
 @all_heads
+@pytest.mark.parametrize("model_class", [SpadeForCausalLM, SpadeForMaskedLM])
+def test_loss_is_zero_where_no_label_counts(options, model_class):
+    window = (3, 0) if model_class is SpadeForCausalLM else (3, 3)
+    model, ids = model_class(config(**options, window=window)), batch()
+    nothing = torch.full_like(ids, -100)
+    for items in (None, 0, torch.tensor(0)):
+        loss = model(ids, labels=nothing, num_items_in_batch=items).loss
+        assert loss.item() == 0
+        assert not any(gradient.any() for gradient in gradients(model, loss).values())
+
+
+@all_heads
 def test_every_parameter_gets_a_gradient(options):
     model, ids = language_model(**options), batch(3, 30)
     for name, gradient in gradients(model, model(ids, labels=ids).loss).items():
         assert gradient.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("model_class", [SpadeForCausalLM, SpadeForMaskedLM])
+@pytest.mark.parametrize("name", ["plain", "adaptive"])
+def test_evaluation_gives_logits_beside_the_loss(model_class, name, tmp_path):
+    """Trainer hands them to compute_metrics; a loss-only evaluation of a decoder makes few of them."""
+    window = (3, 0) if model_class is SpadeForCausalLM else (3, 3)
+    model, ids = model_class(config(**HEADS[name], window=window)).eval(), batch()
+    seen = []
+
+    def metrics(prediction):
+        seen.append(torch.from_numpy(prediction.predictions))
+        return {}
+
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=3, use_cpu=True, report_to="none")
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    loss = Trainer(model, arguments, eval_dataset=rows, compute_metrics=metrics).evaluate()["eval_loss"]
+    output, logits = model(ids, labels=ids), model(ids).logits
+    assert torch.equal(output.logits, logits) and torch.equal(model(ids, labels=ids, return_dict=False)[1], logits)
+    torch.testing.assert_close(seen, [logits])
+    assert loss == pytest.approx(output.loss.item(), rel=1e-5)
+    if model_class is SpadeForCausalLM:
+        last = model(ids, labels=ids, logits_to_keep=1)
+        assert torch.equal(last.loss, output.loss) and last.logits.shape == (3, 1, V)
 
 
 def test_loss_keeps_no_logits(few_logits_at_once):
@@ -111,6 +147,18 @@ def test_adaptive_embedding_and_softmax_are_those_of_fairseq():
         tail = x @ projections[index] @ tables[index].T  # the projection's transpose, and the table's
         expected.append(tail.log_softmax(-1) + head[..., 7 + index, None])
     torch.testing.assert_close(model(ids).logits, torch.cat(expected, -1))
+
+
+@pytest.mark.parametrize("wrong", [-1, V])
+@all_heads
+def test_ids_and_labels_out_of_the_vocabulary_are_refused(options, wrong):
+    model, ids = language_model(**options), batch()
+    labels = ids.clone()
+    labels[1, 3] = wrong
+    with pytest.raises(IndexError, match="index out of range in self"):
+        model(labels)
+    with pytest.raises(IndexError, match=f"^Target {wrong} is out of bounds"):
+        model(ids, labels=labels)
 
 
 def test_adaptive_weights_start_as_those_of_fairseq():
@@ -192,7 +240,7 @@ def test_resize_embeddings(tied):
 
 def test_adaptive_embeddings_are_not_resized():
     model = language_model(**HEADS["adaptive"])
-    with pytest.raises(ValueError, match="^adaptive_cutoffs is given, expected None to resize embeddings"):
+    with pytest.raises(ValueError, match=r"^adaptive_cutoffs is \(8, 20\), expected None to resize embeddings"):
         model.resize_token_embeddings(50)
 
 
@@ -228,6 +276,19 @@ def test_packed_documents_have_the_losses_of_those_alone():
         torch.testing.assert_close(model(ids, labels=ids, **packing).loss, sums / 12)
 
 
+@all_heads
+def test_padding_predicts_nothing(options):
+    """A row padded on the left, on the right and not at all has one loss: its first token is predicted by none."""
+    model, ids = language_model(**options), batch(2, 9)
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    alone = model(ids, labels=labels).loss
+    for side in ((4, 0), (0, 4)):
+        padded, real = pad(ids, side, value=1), pad(mask, side)
+        for kind in (real, real.bool()):
+            loss = model(padded, kind, labels=pad(labels, side, value=-100)).loss
+            torch.testing.assert_close(loss, alone, rtol=1e-12, atol=1e-12)
+
+
 POSITIONS = ["t5", "rope", "learned", "sinusoidal", None]
 
 
@@ -257,13 +318,33 @@ def test_learned_positions_are_those_of_documents():
     model = SpadeModel(config(position="learned", max_position_embeddings=9)).double()
     ids, position_ids, *_ = packed()
     assert model(ids, position_ids=position_ids).last_hidden_state.shape == (2, 15, 16)
-    with pytest.raises(ValueError, match="^position_ids reach 14, expected less than max_position_embeddings = 9$"):
+    with pytest.raises(ValueError, match="^position_ids are from 0 to 14, expected 0 to 8, below max_position_embed"):
         model(ids)
+    for wrong in (9, -1):
+        few = torch.tensor([[0, 1, wrong]])
+        match = f"^position_ids are from {few.min()} to {few.max()}, expected 0 to 8, below max_position_embeddings$"
+        with pytest.raises(ValueError, match=match):
+            model(ids[:, :3], position_ids=few)
+
+
+@pytest.mark.parametrize("position", ["t5", "learned", "sinusoidal"])
+def test_packed_rows_compile_as_one_graph(position):
+    """Without a state space model."""
+    torch.compiler.reset()  # the models share a limit of compilations
+    model = language_model(position=position, ssm_layers=()).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    ids, position_ids, *_ = packed()
+    for each in (position_ids, torch.tensor([[*range(11)]] * 2)):
+        tokens = ids[:, : each.size(1)]
+        expected = model(tokens, position_ids=each, labels=tokens)
+        actual = compiled(tokens, position_ids=each, labels=tokens)
+        torch.testing.assert_close(actual.loss, expected.loss)
+        torch.testing.assert_close(actual.logits, expected.logits)
 
 
 def test_sinusoids_are_those_of_fairseq():
     model = SpadeModel(config(position="sinusoidal"))
-    table = model.embed_positions(torch.tensor([[0, 5]]))
+    table = model.embed_positions(torch.tensor([[0, 5]]), counted=True)
     for row, number in ((table[0, 0], 2), (table[0, 1], 7)):
         angles = number * torch.exp(-math.log(10000) * torch.arange(8).double() / 7)
         torch.testing.assert_close(row, torch.cat([angles.sin(), angles.cos()]))
@@ -287,22 +368,19 @@ def test_generation_without_a_cache_is_greedy(mixer):
     for _ in range(4):
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(generated, expected)
-    left = torch.nn.functional.pad(ids, (3, 0), value=1)
-    mask = torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    left = pad(ids, (3, 0), value=1)
+    mask = pad(torch.ones_like(ids), (3, 0))
     padded = model.generate(left, attention_mask=mask, max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(padded[:, 3:], expected)
 
 
 def test_a_cache_is_refused():
     model, ids = language_model(), batch()
-    with pytest.raises(
-        ValueError, match="^use_cache is True, expected False: SPADE models of this version have no cac"
-    ):
+    reason = "SPADE models of this version have no cache$"
+    with pytest.raises(ValueError, match=f"^use_cache is True, expected False: {reason}"):
         model(ids, use_cache=True)
-    with pytest.raises(
-        ValueError, match="^use_cache is True, expected False: SPADE models of this version have no cac"
-    ):
-        model(ids, past_key_values=())
+    with pytest.raises(ValueError, match=f"^past_key_values is a DynamicCache, expected None: {reason}"):
+        model(ids, past_key_values=DynamicCache())
 
 
 def masked_model(**options):
@@ -380,5 +458,11 @@ def test_presets_are_models(name):
 def test_every_task_of_long_range_arena_has_every_model():
     models = {"spade-window", "spade-chunk", "mega-chunk", "mega-chunk-s4", "mega-full", "s4", "window", "full"}
     assert {f"lra-{task}-{model}" for task in LRA_TASKS for model in models} <= set(PRESETS)
+    chunks = {(task, model): PRESETS[f"lra-{task}-{model}"].get("chunk_size") for task in LRA_TASKS for model in models}
+    assert {pair for pair, size in chunks.items() if size == 4096} == {
+        ("pathx", "mega-chunk"),
+        ("pathx", "mega-chunk-s4"),
+    }
+    assert set(chunks.values()) == {None, 128, 4096}
     with pytest.raises(ValueError, match="^name is 'lra-image', expected one of wikitext103, "):
         SpadeConfig.preset("lra-image")

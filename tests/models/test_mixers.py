@@ -198,9 +198,17 @@ def test_dropout_of_attention_and_activation():
 
 
 def test_mega_drops_its_own_parts_out():
-    layer = SpadeModel(config(mixer="mega", position="simple", dropout=0.5)).layers[0]
+    layer = SpadeModel(config(mixer="mega", position="simple", dropout=0.5)).layers[1]
     assert layer.mixer.attention.dropout.p == 0.5
     assert isinstance(layer.mixer_dropout, nn.Identity) and layer.dropout.p == 0.5
+
+
+@pytest.mark.parametrize("combine", ["concat", "add", "stack"])
+def test_a_state_space_model_beside_mega_is_dropped_out(combine):
+    layer = SpadeModel(config(mixer="mega", position="simple", dropout=1.0, ssm_combine=combine)).layers[0].train()
+    x = torch.randn(2, 13, 16)
+    assert torch.equal(layer(x), x) == (combine != "stack")  # MEGA itself keeps its gate's share of the residual
+    assert isinstance(SpadeModel(config(mixer="ssm", dropout=0.5)).layers[0].mixer_dropout, nn.Dropout)
 
 
 @pytest.fixture

@@ -220,6 +220,16 @@ def test_pool_reads_real_tokens_only():
     assert pool(torch.ones(1, 3, 1), None, "last").item() == 1
 
 
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_pool_keeps_the_precision_of_its_input(pooling):
+    x, mask = torch.randn(2, 11, 4, dtype=torch.float64), torch.tensor([[0] * 4 + [1] * 7, [1] * 11])
+    expected = {"mean": [x[0, 4:].mean(0), x[1].mean(0)], "first": [x[0, 4], x[1, 0]], "last": [x[0, 10], x[1, 10]]}
+    pooled = pool(x, mask, pooling)
+    torch.testing.assert_close(pooled, torch.stack(expected[pooling]), rtol=1e-12, atol=1e-12)
+    many = torch.full((1, 3000, 1), 100.0, dtype=torch.float16)  # whose sum float16 cannot hold
+    assert pool(many, None, pooling).item() == 100 and pool(many, None, pooling).dtype == torch.float16
+
+
 def test_input_values_are_embedded_by_a_linear(tmp_path):
     model, values = classifier(input_size=2), torch.randn(3, 20, 2)
     logits = model(input_values=values).logits
@@ -306,8 +316,8 @@ def test_half_precision_keeps_the_state_space_model_in_float32(tmp_path):
         SpadeForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16).eval(),
         classifier().bfloat16(),
     ):
-        kinds = {"ssm" if ".ssm." in name else "rest": p.dtype for name, p in half.named_parameters()}
-        assert kinds == {"ssm": torch.float32, "rest": torch.bfloat16}
+        kinds = {("ssm" if ".ssm." in name else "rest", p.dtype) for name, p in half.named_parameters()}
+        assert kinds == {("ssm", torch.float32), ("rest", torch.bfloat16)}
         assert half(ids).logits.dtype == torch.bfloat16
 
 
@@ -324,6 +334,10 @@ def test_compiles_as_one_graph_for_all_lengths():
     for L in (20, 33, 64):
         ids = batch(2, L)
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+
+
+def test_numbers_have_no_padding_id():
+    assert config(input_size=2, pad_token_id=99).pad_token_id == 99
 
 
 def test_regression_loss():
@@ -388,7 +402,13 @@ def test_regression_loss():
         ({"dropout": 1.5}, r"dropout is 1.5, expected 0 to 1"),
         ({"attention_dropout": 1.0}, r"attention_dropout is 1.0, expected less than 1"),
         ({"ssm_init_scale": 0, "ssm_combine": "stack"}, r"ssm_init_scale is 0, expected 1 where nothing stands beside"),
-        ({"use_cache": True}, r"use_cache is True, expected False, since causal is False"),
+        ({"use_cache": True}, r"use_cache is True, expected False: SPADE models of this version have no cache"),
+        (
+            {"use_cache": True, "causal": True, "window": (3, 0)},
+            r"use_cache is True, expected False: SPADE models of this version have no cache",
+        ),
+        ({"pad_token_id": 16}, r"pad_token_id is 16, expected an id from 0 to 15, or None"),
+        ({"pad_token_id": -1}, r"pad_token_id is -1, expected an id from 0 to 15, or None"),
         ({"adaptive_cutoffs": (8, 4)}, r"adaptive_cutoffs is \(8, 4\), expected rising ids from 1 to 15"),
         ({"adaptive_cutoffs": (4, 16)}, r"adaptive_cutoffs is \(4, 16\), expected rising ids from 1 to 15"),
         ({"adaptive_cutoffs": (4, 5, 6)}, r"adaptive_factor is 4, expected a last band of at least 1"),
@@ -418,5 +438,7 @@ def test_wrong_inputs():
         classifier(input_size=1)(input_values=torch.zeros(3, 20))
     with pytest.raises(ValueError, match=r"attention_mask has shape \[3, 1, 1, 20\], expected \[3, 20\], \(B, L\)"):
         model(batch(), torch.ones(3, 1, 1, 20))
-    with pytest.raises(ValueError, match="segment_ids is given, expected none: a row is classified as one document"):
+    with pytest.raises(ValueError, match=r"^segment_ids has shape \[3, 20\], expected None: a row is classified"):
         model(batch(), segment_ids=torch.zeros(3, 20))
+    with pytest.raises(ValueError, match=r"^position_ids has shape \[1, 20\], expected None: a row is classified"):
+        model(batch(), position_ids=torch.zeros(1, 20))

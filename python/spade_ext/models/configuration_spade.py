@@ -67,7 +67,7 @@ class SpadeConfig(PreTrainedConfig):
             frequency; None for a plain embedding and head.
         adaptive_factor: each band is narrower than the one before by it.
         adaptive_dropout: before the adaptive softmax and in its tails.
-        use_cache: reserved for generation with a cache, which this version has not.
+        use_cache: False, as this version has no cache.
         pooling: how the classifier reads a sequence: the mean, the first or the last of its real tokens.
         classifier_dropout: before the classifier's last Linear.
 
@@ -175,7 +175,7 @@ class SpadeConfig(PreTrainedConfig):
         heads, width = self.num_attention_heads, self.hidden_size
         check("num_attention_heads", width % heads == 0, f"a divisor of hidden_size = {width}")
         check("hidden_act", self.hidden_act in ACT2FN, "an activation that transformers knows")
-        check("use_cache", not self.use_cache or self.causal, "False, since causal is False: it has no past to keep")
+        check("use_cache", not self.use_cache, "False: SPADE models of this version have no cache")
 
     def _validate_mixer(self) -> None:
         check, mixer = self._check, self.mixer
@@ -239,9 +239,12 @@ class SpadeConfig(PreTrainedConfig):
             check("ssm_l_max", self.ssm_l_max > 0, "at least 1")
 
     def _validate_vocabulary(self) -> None:
+        check, pad = self._check, self.pad_token_id
+        embedded = pad is None or self.input_size is not None or 0 <= pad < self.vocab_size
+        check("pad_token_id", embedded, f"an id from 0 to {self.vocab_size - 1}, or None")
         if self.adaptive_cutoffs is None:
             return
-        check, cutoffs, pad = self._check, list(self.adaptive_cutoffs), self.pad_token_id
+        cutoffs = list(self.adaptive_cutoffs)
         rising = cutoffs == sorted(set(cutoffs)) and cutoffs and cutoffs[0] > 0 and cutoffs[-1] < self.vocab_size
         check("adaptive_cutoffs", bool(rising), f"rising ids from 1 to {self.vocab_size - 1}")
         narrowest = self.hidden_size // self.adaptive_factor ** len(cutoffs)

@@ -138,6 +138,8 @@ class MegaMixer(_ChoosesImplementation, GatedAttention):
 class SsmMixer(nn.Module):
     """Mixes tokens by a state space model alone, and channels by a gated Linear (S4's block, arXiv 2111.00396)."""
 
+    drops_out = False
+
     def __init__(self, config: "SpadeConfig", layer: int):
         super().__init__()
         self.ssm = build_ssm(config)
@@ -160,6 +162,7 @@ class SpadeMixer(nn.Module):
         self.attention = MIXERS[config.mixer](config, layer)
         self.combine = config.ssm_combine if layer in config.ssm_layers else None
         self.ssm_weight, self.ssm_init_scale = config.ssm_weight, config.ssm_init_scale
+        self.drops_out = self.combine in (None, "stack") and getattr(self.attention, "drops_out", False)
         if self.combine is not None:
             self.ssm = build_ssm(config)
         if self.combine in ("concat", "add"):

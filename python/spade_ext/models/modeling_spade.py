@@ -24,7 +24,7 @@ from ..nn.mask import matching_ids, real_tokens
 from ..nn.norm import build_norm
 from ..nn.state_space import StateSpaceLayer
 from .configuration_spade import ABSOLUTE_POSITIONS, SpadeConfig
-from .mixers import MIXERS, AttentionMixer, AttentionWeights, SpadeMixer, build_mixer
+from .mixers import AttentionMixer, AttentionWeights, SpadeMixer, build_mixer
 from .positions import SpadePositionEmbedding, check_position_ids, documents_of, positions_of
 from .vocabulary import IGNORED, AdaptiveEmbedding, AdaptiveHead, sum_of_losses
 
@@ -53,8 +53,7 @@ class SpadeLayer(GradientCheckpointingLayer):
         self.feed_forward = SpadeFeedForward(config)
         self.feed_forward_norm = build_norm(config.norm, config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        drops_out = getattr(MIXERS[config.mixer], "drops_out", False)
-        self.mixer_dropout = nn.Identity() if drops_out else nn.Dropout(config.dropout)
+        self.mixer_dropout = nn.Identity() if self.mixer.drops_out else nn.Dropout(config.dropout)
 
     def forward(
         self,
@@ -102,7 +101,10 @@ class SpadePreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Module:
         if self.config.adaptive_cutoffs is not None:
-            raise ValueError("adaptive_cutoffs is given, expected None to resize embeddings: ids are sorted in bands")
+            cutoffs = self.config.adaptive_cutoffs
+            raise ValueError(
+                f"adaptive_cutoffs is {cutoffs}, expected None to resize embeddings: ids are sorted in bands"
+            )
         return super().resize_token_embeddings(*args, **options)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -189,16 +191,21 @@ class SpadeModel(SpadePreTrainedModel):
             attention_mask: (B, L), True or 1 at real tokens, which may be padded on either side.
             segment_ids: (B, L), integers, of packed rows: a run of equal ids is a document, which sees only itself.
                 Their number is data: with them, a state space model does not compile as a single graph.
-            position_ids: (B, L) or (1, L), integers: a document begins where they start again. Only "learned" and
-                "sinusoidal" positions read their values; without them a document's real tokens are counted from 0.
+            position_ids: (B, L) or (1, L), integers: a document begins where they start again; with them, too, a state
+                space model does not compile as a single graph. Only "learned" positions, which must be below
+                max_position_embeddings, and "sinusoidal" ones read their values; without position_ids a document's
+                real tokens are counted from 0.
             past_key_values, use_cache: of a cache, which this version has not: None, and False or None.
             output_attentions: the attentions (B, H, L, L); with attn_implementation="eager" only.
 
         Returns:
             BaseModelOutput with last_hidden_state (B, L, D). What it holds at padded tokens means nothing.
         """
-        if use_cache or past_key_values is not None:
-            raise ValueError("use_cache is True, expected False: SPADE models of this version have no cache")
+        if use_cache:
+            raise ValueError(f"use_cache is {use_cache}, expected False: SPADE models of this version have no cache")
+        if past_key_values is not None:
+            given = type(past_key_values).__name__
+            raise ValueError(f"past_key_values is a {given}, expected None: SPADE models of this version have no cache")
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
             implementation = self.config._attn_implementation
             raise ValueError(f"output_attentions is True, expected attn_implementation 'eager', not {implementation!r}")
@@ -211,9 +218,9 @@ class SpadeModel(SpadePreTrainedModel):
         if self.config.scale_embedding:
             x = math.sqrt(self.config.hidden_size) * x
         if self.config.position in ABSOLUTE_POSITIONS:
-            if position_ids is None:
-                position_ids = positions_of(x, mask, segment_ids)
-            x = x + self.embed_positions(position_ids).to(x.dtype)
+            counted = position_ids is None
+            positions = positions_of(x, mask, segment_ids) if counted else position_ids
+            x = x + self.embed_positions(positions, counted).to(x.dtype)
         x = self.dropout(self.embed_norm(x))
         shared_bias = self._shared_bias(x.size(1))
         for layer in self.layers:
@@ -222,7 +229,10 @@ class SpadeModel(SpadePreTrainedModel):
 
 
 class SpadeLanguageModel(SpadePreTrainedModel):
-    """What language models share: logits over the vocabulary, and a loss that never holds all of them."""
+    """What language models share: logits over the vocabulary, and a loss that never holds all of them.
+
+    With labels, a model in training makes no logits; in evaluation it does, for metrics to read.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     needs_causal: bool
@@ -249,7 +259,10 @@ class SpadeLanguageModel(SpadePreTrainedModel):
         return self.adaptive_head(x, self.model.embed_tokens)
 
     def token_loss(self, x: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Cross entropy of x (B, L, D) and labels (B, L): its sum over num_items_in_batch, None for labels not -100."""
+        """Cross entropy of x (B, L, D) and labels (B, L): its sum over num_items_in_batch, None for labels not -100.
+
+        0 where no label counts.
+        """
         x, labels = x.flatten(0, 1), labels.flatten()
         if self.config.adaptive_cutoffs is None:
             loss = sum_of_losses(self.lm_head, x, labels, self.lm_head.out_features)
@@ -257,9 +270,9 @@ class SpadeLanguageModel(SpadePreTrainedModel):
             loss = self.adaptive_head.loss(x, labels, self.model.embed_tokens)
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORED).sum()
-        elif isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
+        if isinstance(num_items_in_batch, Tensor):
+            return loss / num_items_in_batch.to(loss.device).clamp(min=1)
+        return loss / max(1, num_items_in_batch)
 
 
 class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
@@ -284,13 +297,15 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, inputs_embeds, segment_ids, position_ids: see `SpadeModel.forward`.
-            labels: (B, L), ids that input_ids may be; -100 asks for nothing. The model predicts labels[:, t + 1] at t,
-                unless another document begins there.
-            logits_to_keep: how many of the last tokens' logits, 0 for all; or which tokens' ones, indices.
+            labels: (B, L), ids that input_ids may be; -100 asks for nothing. The model predicts labels[:, t + 1] at a
+                real token t, unless another document begins there.
+            logits_to_keep: how many of the last tokens' logits, 0 for all; or which tokens' ones, indices. Where a loss
+                alone is evaluated, 1 spares the memory of all.
             num_items_in_batch: what the sum of losses is divided by; None is the number of labels that count.
 
         Returns:
-            CausalLMOutput with logits (B, L, vocab_size); or, given labels, the loss and no logits.
+            CausalLMOutput with logits (B, L, vocab_size), None where a model in training is given labels; and, given
+            labels, the loss.
         """
         if labels is not None and segment_ids is None and position_ids is not None:
             segment_ids = documents_of(check_position_ids(position_ids, labels), real_tokens(attention_mask, labels))
@@ -298,11 +313,13 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
             input_ids, attention_mask, inputs_embeds, segment_ids=segment_ids, position_ids=position_ids, **kwargs
         )
         x, loss, logits = outputs.last_hidden_state, None, None
-        if labels is None:
+        if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(x[:, kept])
-        else:
+        if labels is not None:
             following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            if (mask := real_tokens(attention_mask, x)) is not None:
+                following = following.masked_fill(~mask, IGNORED)
             if segment_ids is not None:
                 ends = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (0, 1), value=True)
                 following = following.masked_fill(ends, IGNORED)
@@ -335,13 +352,14 @@ class SpadeForMaskedLM(SpadeLanguageModel):
             num_items_in_batch: what the sum of losses is divided by; None is the number of labels that count.
 
         Returns:
-            MaskedLMOutput with logits (B, L, vocab_size); or, given labels, the loss and no logits.
+            MaskedLMOutput with logits (B, L, vocab_size), None where a model in training is given labels; and, given
+            labels, the loss.
         """
         outputs = self.model(input_ids, attention_mask, inputs_embeds, **kwargs)
         x, loss, logits = outputs.last_hidden_state, None, None
-        if labels is None:
+        if labels is None or not self.training:
             logits = self.logits(x)
-        else:
+        if labels is not None:
             loss = self.token_loss(x, labels, num_items_in_batch)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -353,12 +371,13 @@ def pool(x: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     mask = real_tokens(attention_mask, x)
     if mask is None:
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    real = x.masked_fill(~mask[..., None], 0)
     if pooling == "mean":
-        weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
-    else:
-        rank = mask.cumsum(1) if pooling == "first" else mask.flip(1).cumsum(1).flip(1)
-        weights = mask & (rank == 1)
-    return torch.einsum("bl,bld->bd", weights.to(x.dtype), x.masked_fill(~mask[..., None], 0))
+        total = real.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+        return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
+    rank = mask.cumsum(1) if pooling == "first" else mask.flip(1).cumsum(1).flip(1)
+    chosen = mask & (rank == 1)
+    return torch.einsum("bl,bld->bd", chosen.to(x.dtype), real)
 
 
 class SpadeClassificationHead(nn.Module):
@@ -408,7 +427,8 @@ class SpadeForSequenceClassification(SpadePreTrainedModel):
         """
         for name in ("segment_ids", "position_ids"):
             if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is given, expected none: a row is classified as one document")
+                shape = list(kwargs[name].shape)
+                raise ValueError(f"{name} has shape {shape}, expected None: a row is classified as one document")
         outputs = self.model(input_ids, attention_mask, inputs_embeds, input_values, **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
         loss = None

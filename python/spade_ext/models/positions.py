@@ -26,7 +26,8 @@ def check_position_ids(position_ids: Tensor, x: Tensor) -> Tensor:
 def documents_of(position_ids: Tensor, mask: Tensor | None) -> Tensor | None:
     """segment_ids (B, L) of rows whose position_ids start again at each document; None where each row is one.
 
-    A real token begins a document where its position is 0, or does not follow that of a real token before it.
+    A real token begins a document where its position is 0, or does not follow that of a real token before it. When
+    compiling, rows of one document have ids as well: None would depend on data.
     """
     begins = torch.zeros_like(position_ids, dtype=torch.bool)
     jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
@@ -35,7 +36,7 @@ def documents_of(position_ids: Tensor, mask: Tensor | None) -> Tensor | None:
     else:
         begins[:, 1:] = mask[:, 1:] & ((jumps & mask[:, :-1]) | (position_ids[:, 1:] == 0))
         begins &= mask.cumsum(1) > 1  # a row's first real token ends no document
-    return begins.cumsum(1) if bool(begins.any()) else None
+    return begins.cumsum(1) if torch.compiler.is_compiling() or begins.any() else None
 
 
 def positions_of(x: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
@@ -65,16 +66,20 @@ class SpadePositionEmbedding(nn.Module):
             self.max_positions = config.max_position_embeddings
             self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, positions: Tensor) -> Tensor:
-        """(B, L) to (B, L, D)."""
+    def forward(self, positions: Tensor, counted: bool) -> Tensor:
+        """(B, L) to (B, L, D); counted positions are those of `positions_of`, others may be any numbers."""
         if self.max_positions is None:
             return self._sinusoids(positions)
-        # Only long rows need a look at the numbers, which waits for the device.
-        if positions.size(1) > self.max_positions and (last := int(positions.max())) >= self.max_positions:
-            raise ValueError(
-                f"position_ids reach {last}, expected less than max_position_embeddings = {self.max_positions}"
-            )
+        # A look at the numbers waits for the device, and cannot be part of a graph.
+        if not (counted and positions.size(1) <= self.max_positions) and not torch.compiler.is_compiling():
+            self._check_range(positions)
         return self.table(positions)
+
+    def _check_range(self, positions: Tensor) -> None:
+        first, last = (int(number) for number in positions.aminmax())
+        if first < 0 or last >= self.max_positions:
+            expected = f"0 to {self.max_positions - 1}, below max_position_embeddings"
+            raise ValueError(f"position_ids are from {first} to {last}, expected {expected}")
 
     def _sinusoids(self, positions: Tensor) -> Tensor:
         half = self.width // 2

@@ -93,7 +93,9 @@ class AdaptiveEmbedding(nn.Module):
         """(B, L) to (B, L, D). Every band embeds every token, so that shapes do not depend on ids."""
         out = None
         for band, (start, end) in zip(self.bands, self.ranges(), strict=True):
-            embedded = band((ids - start).clamp(0, end - start - 1))
+            # Ids out of the vocabulary stay so, for nn.Embedding to refuse.
+            lowest, highest = start or None, end - 1 if end < self.ends[-1] else None
+            embedded = band(ids.clamp(lowest, highest) - start)
             out = embedded if out is None else torch.where((ids >= start)[..., None], embedded, out)
         return out
 
