@@ -371,13 +371,13 @@ def pool(x: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     mask = real_tokens(attention_mask, x)
     if mask is None:
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    real = x.masked_fill(~mask[..., None], 0)
     if pooling == "mean":
-        total = real.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
-        return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
-    rank = mask.cumsum(1) if pooling == "first" else mask.flip(1).cumsum(1).flip(1)
-    chosen = mask & (rank == 1)
-    return torch.einsum("bl,bld->bd", chosen.to(x.dtype), real)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weights = mask.to(wide) / mask.sum(1, keepdim=True).clamp(min=1)
+    else:
+        rank = mask.cumsum(1) if pooling == "first" else mask.flip(1).cumsum(1).flip(1)
+        weights = mask & (rank == 1)
+    return torch.einsum("bl,bld->bd", weights.to(x.dtype), x.masked_fill(~mask[..., None], 0))
 
 
 class SpadeClassificationHead(nn.Module):
