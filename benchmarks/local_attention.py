@@ -8,10 +8,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timing import Benchmark, check, forward_backward
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers import LongT5Config
-from transformers.models.longt5.modeling_longt5 import LongT5LocalAttention, _get_local_attention_mask
 
 from spade_ext.nn import LocalAttention
 from spade_ext.ops import local_attention, local_attention_ref, local_attention_step
@@ -72,25 +70,6 @@ def flex(L: int, left: int, right: int) -> Callable[..., Tensor]:
     return torch.compile(attention, dynamic=False)
 
 
-class LongT5Layer(nn.Module):
-    """Hugging Face's local self-attention of LongT5, with the weights of ours; its scores have no scale."""
-
-    def __init__(self, ours: LocalAttention, L: int):
-        super().__init__()
-        D, H, radius = ours.d_model, ours.n_heads, ours.window[0]
-        config = LongT5Config(d_model=D, num_heads=H, d_kv=D // H, local_radius=radius, dropout_rate=0.0)
-        self.layer = LongT5LocalAttention(config, has_relative_attention_bias=True)
-        self.mask = _get_local_attention_mask(torch.ones(1, L), radius + 1, torch.device("cpu"))
-        with torch.no_grad():
-            q, k, v = ours.qkv.weight.chunk(3)
-            for name, weight in {"q": q * (D // H) ** -0.5, "k": k, "v": v, "o": ours.o.weight}.items():
-                getattr(self.layer, name).weight.copy_(weight)
-            self.layer.relative_attention_bias.weight.copy_(ours.position.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x, self.mask)[0]
-
-
 def flops(B: int, L: int, H: int, D: int, left: int, right: int) -> tuple[float, float]:
     """Forward and backward: two and five products of 2 D a pair that is seen."""
     pairs = sum(min(i + right, L - 1) - max(i - left, 0) + 1 for i in range(L))
@@ -119,6 +98,8 @@ def steps(benchmark: Benchmark, B: int, H: int, Hkv: int, D: int, window: int, d
 
 
 def main() -> None:
+    from longt5 import LongT5Layer  # imports transformers, which lengths.py does without
+
     benchmark = Benchmark(__doc__)
     quick = benchmark.quick
 
