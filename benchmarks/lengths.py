@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from diagonal import vandermonde
 from local_attention import dense_band, three_blocks
 from long_conv import whole_tensor_fft
 from s4 import cauchy
-from timing import forward_backward, machine
+from timing import forward_backward, machine, status
 from torch import Tensor
 
 import spade_ext
@@ -103,11 +102,6 @@ def local_attention(L: int) -> tuple[Inputs, dict[str, Op]]:
 
 
 CASES = {case.__name__: case for case in (long_conv, s4_kernel, diagonal_kernel, diagonal_scan, local_attention)}
-
-
-def status(field: str) -> int:
-    """Bytes, of /proc/self/status."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def prepare(case: str, name: str, L: int) -> tuple[Op, Inputs, Tensor]:

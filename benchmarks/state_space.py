@@ -1,14 +1,12 @@
 """State space layers: nn.S4 and nn.EMA against a convolution by torch.fft alone, and pieces with a state against the
 whole sequence; last the memory of a process that trains a layer."""
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from timing import Benchmark, forward_backward
+from timing import Benchmark, forward_backward, status
 from torch import Tensor
 
 from spade_ext import keep_memory, nn
@@ -42,25 +40,20 @@ def peak_memory(kernel: str, B: int, D: int, L: int) -> None:
     """Prints the most memory that a process takes which runs three steps of SGD on nn.S4."""
     command = [sys.executable, __file__, "--train", kernel, *map(str, (B, D, L))]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    before, most = (1024e-9 * int(kibibytes) for kibibytes in printed.split())
+    before, most = (1e-9 * int(number) for number in printed.split())
     print(f"- {kernel}, B {B} D {D} L {L}: {most:.2f} GB, {before:.2f} GB of it before the first step")
-
-
-def most_memory() -> str:
-    """In KiB. Not ru_maxrss, which begins with that of the process before exec."""
-    return re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
 
 
 def train(kernel: str, B: int, D: int, L: int) -> None:
     keep_memory()
     layer, x = nn.S4(D, 64, kernel=kernel, n_ssm=1, l_max=L), torch.randn(B, L, D)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
-    print(most_memory())
+    print(status("VmHWM"))
     for _ in range(3):
         layer(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(most_memory())
+    print(status("VmHWM"))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ point operations that README.md of the family gives, GB/s inputs, outputs and gr
 import argparse
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -27,6 +28,11 @@ def cpu_name() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def status(field: str) -> int:
+    """Bytes, of /proc/self/status."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def machine() -> str:

@@ -212,10 +212,15 @@ class LocalAttention(nn.Module):
         return f"n_heads={self.n_heads}" + "".join(f", {name}={value}" for name, value in reach.items() if value)
 
 
+def padding_before(mask: Tensor) -> Tensor:
+    """(B, 1): tokens before a row's first real one, all of them where there is none."""
+    return (mask.cumsum(1) == 0).sum(1, keepdim=True)
+
+
 def places_from_first(x: Tensor, mask: Tensor | None) -> Tensor:
     """(B, L) of x (B, L, ...): 0 at a row's first real token, negative before it."""
     places = torch.arange(x.size(1), device=x.device).expand(x.shape[:2])
-    return places if mask is None else places - (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    return places if mask is None else places - padding_before(mask)
 
 
 def continued(state: State, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, State]:
@@ -232,7 +237,7 @@ def continued(state: State, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[
         )
     row = torch.arange(B, device=k.device)[:, None]
     real = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if mask is None else mask
-    first = (real.cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1), L where there is none
+    first = padding_before(real)
     count = real.sum(1, keepdim=True)
     place = torch.arange(size + k.size(1), device=k.device)
     number = position[:, None] + place - size - first  # (B, left + 1 + L)
