@@ -118,8 +118,8 @@ def test_tuples_are_dicts_and_embeddings_are_ids(name):
     model, ids = build(name).eval(), batch()
     output = model(ids, output_hidden_states=True)
     as_tuple = model(ids, output_hidden_states=True, return_dict=False)
-    assert torch.equal(as_tuple[0], output.logits) and len(as_tuple) == 2
-    assert all(torch.equal(a, b) for a, b in zip(as_tuple[1], output.hidden_states, strict=True))
+    assert torch.equal(as_tuple[0], output.logits) and len(as_tuple) == len(output)
+    assert all(torch.equal(a, b) for a, b in zip(as_tuple[-1], output.hidden_states, strict=True))
     torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, output.logits)
     labels = labels_of(model, ids)
     assert torch.equal(model(ids, labels=labels, return_dict=False)[0], model(ids, labels=labels).loss)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy, linear, one_hot, pad
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from spade_ext.models import SpadeConfig, SpadeForCausalLM, SpadeForMaskedLM, SpadeModel, vocabulary
 from spade_ext.models.presets import LRA_TASKS, PRESETS
@@ -372,15 +372,6 @@ def test_generation_without_a_cache_is_greedy(mixer):
     mask = pad(torch.ones_like(ids), (3, 0))
     padded = model.generate(left, attention_mask=mask, max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(padded[:, 3:], expected)
-
-
-def test_a_cache_is_refused():
-    model, ids = language_model(), batch()
-    reason = "SPADE models of this version have no cache$"
-    with pytest.raises(ValueError, match=f"^use_cache is True, expected False: {reason}"):
-        model(ids, use_cache=True)
-    with pytest.raises(ValueError, match=f"^past_key_values is a DynamicCache, expected None: {reason}"):
-        model(ids, past_key_values=DynamicCache())
 
 
 def masked_model(**options):

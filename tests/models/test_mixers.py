@@ -72,7 +72,7 @@ def test_mega_attends_where_the_configuration_says(options, expected):
     mixer = backbone(**options, mixer="mega", position="simple", ssm_layers=()).layers[0].mixer.attention
     q = torch.randn(1, 13, 1, 64, dtype=torch.float64)
     v = torch.randn(1, 13, 32, dtype=torch.float64, requires_grad=True)
-    mixer.attend(q, q, v, None, None)[0, 5].sum().backward()
+    mixer.attend(q, q, v[:, :, None], None)[0, 5].sum().backward()
     assert v.grad[0].abs().sum(-1).nonzero().flatten().tolist() == list(expected)
 
 

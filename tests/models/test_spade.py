@@ -402,11 +402,6 @@ def test_regression_loss():
         ({"dropout": 1.5}, r"dropout is 1.5, expected 0 to 1"),
         ({"attention_dropout": 1.0}, r"attention_dropout is 1.0, expected less than 1"),
         ({"ssm_init_scale": 0, "ssm_combine": "stack"}, r"ssm_init_scale is 0, expected 1 where nothing stands beside"),
-        ({"use_cache": True}, r"use_cache is True, expected False: SPADE models of this version have no cache"),
-        (
-            {"use_cache": True, "causal": True, "window": (3, 0)},
-            r"use_cache is True, expected False: SPADE models of this version have no cache",
-        ),
         ({"pad_token_id": 16}, r"pad_token_id is 16, expected an id from 0 to 15, or None"),
         ({"pad_token_id": -1}, r"pad_token_id is -1, expected an id from 0 to 15, or None"),
         ({"adaptive_cutoffs": (8, 4)}, r"adaptive_cutoffs is \(8, 4\), expected rising ids from 1 to 15"),

@@ -167,7 +167,7 @@ def test_attention_stays_in_its_chunk():
     layer = gated(chunk_size=4)
     q, k = torch.randn(2, 1, 10, 1, 4, dtype=torch.float64)
     v = torch.randn(1, 10, 10, dtype=torch.float64, requires_grad=True)
-    layer.attend(q, k, v, None, None)[0, 5].sum().backward()
+    layer.attend(q, k, v[:, :, None], None)[0, 5].sum().backward()
     assert v.grad[0].abs().sum(-1).nonzero().flatten().tolist() == [4, 5, 6, 7]
 
 
@@ -190,7 +190,7 @@ def test_a_window_of_padded_and_packed_rows():
     mask, segment_ids = torch.tensor([[0] * 3 + [1] * 15 + [0] * 3]), torch.tensor([[7] * 8 + [1] + [2] * 12])
     torch.testing.assert_close(layer(padded, mask, segment_ids)[:, 3:-3], alone)
     q, v = torch.randn(1, 10, 1, 4), torch.randn(1, 10, 10, requires_grad=True)
-    layer.attend(q.double(), q.double(), v.double(), None, None)[0, 5].sum().backward()
+    layer.attend(q.double(), q.double(), v.double()[:, :, None], None)[0, 5].sum().backward()
     assert v.grad[0].abs().sum(-1).nonzero().flatten().tolist() == [3, 4, 5, 6]
 
 
@@ -332,3 +332,53 @@ def test_errors_of_inputs(shape, inputs, message):
     layer = nn.GatedAttention(6, 4, 10, 3, max_positions=8)
     with pytest.raises(ValueError, match=message):
         layer(torch.zeros(shape), **inputs)
+
+
+REACHES = [{"window": (3, 0)}, {"chunk_size": 4}, {"chunk_size": 4, "activation": "relu2"}, {}]
+
+
+@pytest.mark.parametrize("reach", REACHES, ids=str)
+@pytest.mark.parametrize("prenorm", [False, True])
+@pytest.mark.parametrize("position", ["simple", "rotary"])
+def test_pieces_and_steps_are_the_forward(reach, prenorm, position):
+    layer = gated(**reach, causal=True, position=position, prenorm=prenorm, max_positions=16)
+    x = torch.randn(2, 15, 6, dtype=torch.float64)
+    state, outputs = layer.initial_state(2), []
+    for piece in x.split((6, 1, 0, 8), dim=1):
+        y, after = layer(piece, state=state)
+        outputs, state = [*outputs, y], after
+    torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x))
+    if reach and "activation" not in reach:
+        state = layer.initial_state(2)
+        stepped = torch.stack([layer.step(token, state) for token in x.unbind(1)], dim=1)
+        torch.testing.assert_close(stepped, layer(x))
+
+
+@pytest.mark.parametrize("reach", REACHES[:2], ids=str)
+def test_padded_steps_leave_nothing_behind(reach):
+    layer = gated(**reach, causal=True)
+    x = torch.randn(2, 30, 6, dtype=torch.float64)
+    mask = torch.rand(2, 30) < 0.6
+    state, outputs = layer.initial_state(2), []
+    for t in range(30):
+        outputs.append(layer.step(x[:, t], state, mask[:, t]))
+    for row, real in enumerate(mask):
+        torch.testing.assert_close(torch.stack(outputs, 1)[row, real], layer(x[row : row + 1, real])[0])
+
+
+def test_errors_of_a_state():
+    x = torch.zeros(2, 5, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match="^causal is False, expected True for a state$"):
+        gated().initial_state(2)
+    with pytest.raises(ValueError, match="^truncation is 4, expected None for a state, which a cut average lacks$"):
+        gated(causal=True, truncation=4).initial_state(2)
+    layer = gated(causal=True, chunk_size=4, activation="laplace")
+    with pytest.raises(ValueError, match="^activation 'laplace' has no steps, expected forward with a state for a"):
+        layer.step(x[:, 0], layer.initial_state(2))
+    with pytest.raises(ValueError, match="^segment_ids is given, expected None where a state is$"):
+        layer(x, segment_ids=torch.ones(2, 5, dtype=torch.long), state=layer.initial_state(2))
+    with pytest.raises(ValueError, match=r"^x has shape \[2, 5, 6\], expected \(B, 6\)$"):
+        layer.step(x, layer.initial_state(2))
+    row = gated(causal=True, max_positions=4)
+    with pytest.raises(ValueError, match="^a document has 5 tokens, expected at most max_positions = 4$"):
+        row(x[:, :1], state=row(x[:, :4], state=row.initial_state(2))[1])

@@ -260,6 +260,38 @@ def test_pieces_with_a_state_are_the_forward(left, lengths, position):
     torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x))
 
 
+REACHES = [{"chunk_size": 1}, {"chunk_size": 5}, {"chunk_size": 20}, {}]
+
+
+@pytest.mark.parametrize("reach", REACHES, ids=str)
+@pytest.mark.parametrize("position", [*POSITIONS, "rope"])
+def test_pieces_of_chunks_and_rows_are_the_forward(reach, position):
+    layer = nn.LocalAttention(8, 2, **reach, causal=True, position=position).double()
+    x = torch.randn(2, 17, 8, dtype=torch.float64)
+    for lengths in ((6, 1, 0, 8, 2), (17,), (1, 16)):
+        state, outputs = layer.initial_state(2), []
+        for piece in x.split(lengths, dim=1):
+            y, state = layer(piece, state=state)
+            outputs.append(y)
+        torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x))
+    if reach:
+        torch.testing.assert_close(by_steps(layer, x, layer.initial_state(2)), layer(x))
+
+
+@pytest.mark.parametrize("reach", [{"window": (3, 0)}, *REACHES[:3]], ids=str)
+@pytest.mark.parametrize("position", ["t5", "rope"])
+def test_padded_steps_leave_nothing_behind(reach, position):
+    layer = nn.LocalAttention(8, 2, **reach, causal=True, position=position).double()
+    x = torch.randn(2, 30, 8, dtype=torch.float64)
+    mask = torch.rand(2, 30) < 0.6
+    state, outputs = layer.initial_state(2), []
+    for t in range(30):
+        outputs.append(layer.step(x[:, t], state, attention_mask=mask[:, t]))
+    for row, real in enumerate(mask):
+        torch.testing.assert_close(torch.stack(outputs, 1)[row, real], layer(x[row : row + 1, real])[0])
+    assert state[2].tolist() == mask.sum(1).tolist()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("left", [0, 3, 20])
 @pytest.mark.parametrize("position", ["t5", "rope"])
@@ -333,8 +365,10 @@ def test_errors_of_a_state():
     ):
         with pytest.raises(ValueError, match=r"^window is \(2, 1\), expected \(left, 0\) for a state"):
             call()
-    with pytest.raises(ValueError, match=r"^window is None, expected \(left, 0\) for a state"):
-        nn.LocalAttention(8, 2, chunk_size=4, causal=True).initial_state(2)
+    with pytest.raises(ValueError, match=r"^causal is False, expected True for a state$"):
+        nn.LocalAttention(8, 2, chunk_size=4).initial_state(2)
+    with pytest.raises(ValueError, match=r"^whole rows has no steps, expected forward with a state for a token$"):
+        nn.LocalAttention(8, 2, causal=True).step(x[:, 0], ())
     layer = nn.LocalAttention(8, 2, window=(2, 0))
     state = layer.initial_state(2)
     with pytest.raises(ValueError, match=r"^x has shape \[2, 5, 8\], expected \(B, 8\)$"):

@@ -589,3 +589,34 @@ def test_two_sided_layer_has_no_initial_state():
         s4(bidirectional=True).initial_state(1)
     with pytest.raises(ValueError, match="disc is 'dss', expected 'zoh' or 'bilinear' for a state"):
         s4(disc="dss").initial_state(1)
+
+
+@pytest.mark.parametrize("kernel", ["s4", "s4d"])
+def test_padded_steps_leave_the_state(kernel):
+    layer = nn.S4(6, 8, kernel=kernel, l_max=16).double()
+    x, mask = torch.randn(2, 30, 6, dtype=torch.float64), torch.rand(2, 30) < 0.6
+    state = layer.initial_state(2)
+    y = torch.stack([layer.step(x[:, t], state, mask[:, t]) for t in range(30)], dim=1)
+    for row, real in enumerate(mask):
+        expected, after = layer(x[row : row + 1, real], state=layer.initial_state(1))
+        torch.testing.assert_close(y[row, real], expected[0])
+        torch.testing.assert_close(state[row], after[0])
+
+
+@pytest.mark.parametrize("kernel", ["s4", "s4d"])
+def test_a_prompt_with_padding_before_it_is_one_convolution(kernel, monkeypatch):
+    """From a state of zeros; of another one, which padding must not let decay, rows are grouped by length."""
+    layer = nn.S4(6, 8, kernel=kernel, l_max=16).double()
+    x, mask = torch.randn(3, 9, 6, dtype=torch.float64), torch.arange(9) >= torch.tensor([[0], [4], [9]])
+    calls, advance = [], layer.advance
+    monkeypatch.setattr(layer, "advance", lambda u, state, **options: calls.append(u) or advance(u, state, **options))
+    before = torch.randn(3, *layer.state_size, dtype=torch.float64)
+    for state, expected_calls in ((layer.initial_state(3), 1), (before, 2)):
+        calls.clear()
+        y, after = layer(x, mask, state=state)
+        assert len(calls) == expected_calls
+        for row, real in enumerate(mask[:2]):
+            expected, expected_state = layer(x[row : row + 1, real], state=state[row : row + 1])
+            torch.testing.assert_close(y[row, real], expected[0])
+            torch.testing.assert_close(after[row], expected_state[0])
+        torch.testing.assert_close(after[2], state[2])

@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from . import attention_interface, published  # noqa: F401  (register the attention and the published names)
+from .cache import SpadeCache
 from .configuration_spade import SpadeConfig
 from .mixers import register_mixer
 from .modeling_spade import (
@@ -29,6 +30,7 @@ AutoModelForMaskedLM.register(SpadeConfig, SpadeForMaskedLM, exist_ok=True)
 AutoModelForSequenceClassification.register(SpadeConfig, SpadeForSequenceClassification, exist_ok=True)
 
 __all__ = [
+    "SpadeCache",
     "SpadeConfig",
     "SpadeForCausalLM",
     "SpadeForMaskedLM",

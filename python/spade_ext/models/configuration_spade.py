@@ -67,7 +67,8 @@ class SpadeConfig(PreTrainedConfig):
             frequency; None for a plain embedding and head.
         adaptive_factor: each band is narrower than the one before by it.
         adaptive_dropout: before the adaptive softmax and in its tails.
-        use_cache: False, as this version has no cache.
+        use_cache: evaluation returns a `spade_ext.models.SpadeCache`, from which generation goes on; None: where there
+            can be one, which needs a causal model.
         pooling: how the classifier reads a sequence: the mean, the first or the last of its real tokens.
         classifier_dropout: before the classifier's last Linear.
 
@@ -75,7 +76,7 @@ class SpadeConfig(PreTrainedConfig):
     """
 
     model_type = "spade"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
 
     vocab_size: int = 32128
     input_size: int | None = None
@@ -124,7 +125,7 @@ class SpadeConfig(PreTrainedConfig):
     adaptive_cutoffs: list[int] | tuple[int, ...] | None = None
     adaptive_factor: int = 4
     adaptive_dropout: float | int = 0.0
-    use_cache: bool = False
+    use_cache: bool | None = None
     pooling: Literal["mean", "first", "last"] = "mean"
     classifier_dropout: float | int = 0.0
     pad_token_id: int | None = 0
@@ -144,11 +145,30 @@ class SpadeConfig(PreTrainedConfig):
             self.window = (128, 0 if self.causal else 128)
         if self.mixer != "ssm" and self.window is not None and len(self.window) == 2 and self.window[1] == 0:
             self.causal = True
+        if self.use_cache is None:
+            self.use_cache = self.why_no_cache() is None
         super().__post_init__(**kwargs)
 
     @property
     def has_relative_position(self) -> bool:
         return self.position is not None and self.position not in ABSOLUTE_POSITIONS
+
+    def why_no_cache(self) -> str | None:
+        """The field and value that a model with a cache cannot have, or None."""
+        if not self.causal:
+            return "causal = False"
+        if self.mixer in MIXERS and not hasattr(MIXERS[self.mixer], "initial_state"):
+            return f"mixer = {self.mixer!r}"
+        if self.mixer == "mega" and self.mega_truncation is not None:
+            return f"mega_truncation = {self.mega_truncation}"
+        if (self.ssm_layers or self.mixer == "ssm") and self.ssm_kind == "s4d" and self.ssm_disc == "dss":
+            return "ssm_disc = 'dss'"
+        return None
+
+    @property
+    def has_constant_states(self) -> bool:
+        """Whether the states of a cache do not grow with the tokens."""
+        return self.mixer not in ("full", "mega") or self.window is not None or self.chunk_size is not None
 
     def validate_architecture(self):
         """Refuses combinations that cannot be built, when the configuration is made."""
@@ -157,6 +177,7 @@ class SpadeConfig(PreTrainedConfig):
         self._validate_position()
         self._validate_ssm()
         self._validate_vocabulary()
+        self._check("use_cache", not (self.use_cache and self.why_no_cache()), f"False with {self.why_no_cache()}")
 
     def _check(self, name: str, fits: bool, expected: str) -> None:
         if not fits:
@@ -175,7 +196,6 @@ class SpadeConfig(PreTrainedConfig):
         heads, width = self.num_attention_heads, self.hidden_size
         check("num_attention_heads", width % heads == 0, f"a divisor of hidden_size = {width}")
         check("hidden_act", self.hidden_act in ACT2FN, "an activation that transformers knows")
-        check("use_cache", not self.use_cache, "False: SPADE models of this version have no cache")
 
     def _validate_mixer(self) -> None:
         check, mixer = self._check, self.mixer

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 from ..nn import EMA, S4, GatedAttention, LocalAttention
 from ..nn.norm import build_norm
+from ..nn.reach import Reach, Ring
 from ..nn.state_space import StateSpaceLayer
 from ..ops import local_attention, local_attention_ref
 
@@ -28,6 +29,10 @@ def register_mixer(name: str) -> Callable[[Mixer], Mixer]:
     and, by name, with attention_mask (B, L), True at real tokens, and segment_ids (B, L) of packed rows, both or
     either None; residual (B, L, D), the layer's input; and position_bias, a table shared between layers. It returns
     (B, L, D), which is added to the residual. `docs/models.md` has an example.
+
+    A causal mixer that has a method initial_state(batch_size) can be cached. It is then called with a state as well,
+    tensors whose first dimension is B, in tuples or dicts, of constant size, and returns (y, the state after the
+    tokens); it may overwrite the one it was given where gradients are not recorded.
 
     Weights other than those of Linears and norms are made by its `reset_parameters`, if it has one, with torch.nn.init,
     which leaves those of a checkpoint alone.
@@ -51,10 +56,23 @@ class AttentionWeights(nn.Module):
         return local_attention_ref(q, k, one, bias, **options).transpose(1, 2)
 
 
-class _ChoosesImplementation(nn.Module):
+def is_step(x: Tensor, module: nn.Module) -> bool:
+    """Whether x (B, L, D) is a lone token to predict from, for which a state is updated in place."""
+    return x.size(1) == 1 and not module.training and not torch.is_grad_enabled()
+
+
+def token_of(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask[:, 0]
+
+
+class _ChoosesImplementation(Reach):
     """Attention by the op, or with attn_implementation="eager" by a dense matrix of weights."""
 
     config: "SpadeConfig"
+
+    @property
+    def has_steps(self) -> bool:
+        return super().has_steps and self.config._attn_implementation != "eager"
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         if self.config._attn_implementation != "eager":
@@ -92,9 +110,12 @@ class AttentionMixer(_ChoosesImplementation, LocalAttention):
         attention_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         position_bias: Tensor | None = None,
+        state: Ring | None = None,
         **context: Any,
-    ) -> Tensor:
-        return super().forward(x, attention_mask, position_bias, segment_ids)
+    ) -> Tensor | tuple[Tensor, Ring]:
+        if state is not None and is_step(x, self) and self.has_steps:
+            return self.step(x[:, 0], state, position_bias, token_of(attention_mask))[:, None], state
+        return super().forward(x, attention_mask, position_bias, segment_ids, state)
 
 
 @register_mixer("mega")
@@ -129,9 +150,12 @@ class MegaMixer(_ChoosesImplementation, GatedAttention):
         residual: Tensor,
         attention_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        state: Any = None,
         **context: Any,
-    ) -> Tensor:
-        return self.update(x, residual, attention_mask, segment_ids)
+    ) -> Any:
+        if state is not None and is_step(x, self) and self.has_steps:
+            return self.update_token(x[:, 0], residual[:, 0], state, token_of(attention_mask))[:, None], state
+        return self.update(x, residual, attention_mask, segment_ids, state)
 
 
 @register_mixer("ssm")
@@ -146,11 +170,13 @@ class SsmMixer(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.output = nn.Linear(config.hidden_size, 2 * config.hidden_size)
 
-    def forward(
-        self, x: Tensor, *, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None, **context: Any
-    ) -> Tensor:
-        mixed = self.ssm(x, attention_mask=attention_mask, segment_ids=segment_ids)
-        return nn.functional.glu(self.output(self.activation(mixed)), dim=-1)
+    def forward(self, x: Tensor, *, state: Tensor | None = None, **context: Any) -> Tensor | tuple[Tensor, Tensor]:
+        mixed, state = run_ssm(self.ssm, x, state, context)
+        y = nn.functional.glu(self.output(self.activation(mixed)), dim=-1)
+        return y if state is None else (y, state)
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        return self.ssm.initial_state(batch_size)
 
 
 class SpadeMixer(nn.Module):
@@ -171,17 +197,43 @@ class SpadeMixer(nn.Module):
         if self.combine == "concat":
             self.aggregate = nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, **context: Any) -> Tensor:
-        tokens = {"attention_mask": context["attention_mask"], "segment_ids": context["segment_ids"]}
-        if self.combine == "stack":
-            x = self.ssm(x, **tokens)
-        local = self.attention(x, **context)
+    def forward(
+        self, x: Tensor, *, state: dict[str, Any] | None = None, **context: Any
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        before, after, long = state or {}, {}, None
+        if self.combine is not None:
+            long, after["ssm"] = run_ssm(self.ssm, x, before.get("ssm"), context)
+        x = long if self.combine == "stack" else x
+        local, after["attention"] = run_mixer(self.attention, x, before.get("attention"), context)
+        y = self.combined(long, local)
+        return y if state is None else (y, after)
+
+    def combined(self, long: Tensor | None, local: Tensor) -> Tensor:
         if self.combine in (None, "stack"):
             return local
-        both = self.ssm_norm(self.ssm(x, **tokens)), self.attention_norm(local)
+        both = self.ssm_norm(long), self.attention_norm(local)
         if self.combine == "add":
             return self.ssm_weight * both[0] + (1 - self.ssm_weight) * both[1]
         return self.aggregate(torch.cat(both, dim=-1))
+
+    def initial_state(self, batch_size: int) -> dict[str, Any]:
+        state = {"attention": self.attention.initial_state(batch_size)}
+        return state if self.combine is None else state | {"ssm": self.ssm.initial_state(batch_size)}
+
+
+def run_mixer(mixer: nn.Module, x: Tensor, state: Any, context: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Its output for x (B, L, D), and the state after it, None without one before."""
+    return (mixer(x, **context), None) if state is None else mixer(x, **context, state=state)
+
+
+def run_ssm(ssm: StateSpaceLayer, x: Tensor, state: Tensor | None, context: dict[str, Any]) -> tuple[Tensor, Any]:
+    """`run_mixer` of a state space layer."""
+    mask = context["attention_mask"]
+    if state is None:
+        return ssm(x, mask, context["segment_ids"]), None
+    if is_step(x, ssm):
+        return ssm.step(x[:, 0], state, token_of(mask))[:, None], state
+    return ssm(x, mask, context["segment_ids"], state)
 
 
 def build_mixer(config: "SpadeConfig", layer: int) -> nn.Module:

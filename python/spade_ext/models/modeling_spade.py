@@ -11,20 +11,22 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
-    BaseModelOutput,
-    CausalLMOutput,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
     MaskedLMOutput,
     SequenceClassifierOutput,
 )
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..nn.mask import matching_ids, real_tokens
 from ..nn.norm import build_norm
-from ..nn.state_space import StateSpaceLayer
+from ..nn.state_space import StateSpaceLayer, reuse_kernels
+from .cache import SpadeCache
 from .configuration_spade import ABSOLUTE_POSITIONS, SpadeConfig
-from .mixers import AttentionMixer, AttentionWeights, SpadeMixer, build_mixer
+from .mixers import AttentionMixer, AttentionWeights, SpadeMixer, build_mixer, run_mixer
 from .positions import SpadePositionEmbedding, check_position_ids, documents_of, positions_of
 from .vocabulary import IGNORED, AdaptiveEmbedding, AdaptiveHead, sum_of_losses
 
@@ -61,20 +63,20 @@ class SpadeLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         position_bias: Tensor | None = None,
-    ) -> Tensor:
+        state: Any = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         x = hidden_states
-        mixed = self.mixer(
-            self.mixer_norm(x) if self.prenorm else x,
-            residual=x,
-            attention_mask=attention_mask,
-            segment_ids=segment_ids,
-            position_bias=position_bias,
+        context = {"attention_mask": attention_mask, "segment_ids": segment_ids, "position_bias": position_bias}
+        mixed, after = run_mixer(
+            self.mixer, self.mixer_norm(x) if self.prenorm else x, state, {"residual": x, **context}
         )
         x = x + self.mixer_dropout(mixed)
         if self.prenorm:
-            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.mixer_norm(x)
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+            x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        else:
+            x = self.mixer_norm(x)
+            x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return x if state is None else (x, after)
 
 
 class SpadeValueEmbedding(nn.Linear):
@@ -161,15 +163,31 @@ class SpadeModel(SpadePreTrainedModel):
             raise ValueError(f"input_values has shape {list(input_values.shape)}, expected (B, L, {size})")
         return self.embed_values(input_values)
 
-    def _shared_bias(self, length: int) -> Tensor | None:
+    def _shared_bias(self, length: int, cache: SpadeCache | None) -> Tensor | None:
         """The table of layer 0 for all layers, where they share one."""
         mixer = self.layers[0].mixer
         if not self.config.position_shared or not isinstance(getattr(mixer, "attention", None), AttentionMixer):
             return None
-        return mixer.attention.position_bias(length)
+        return mixer.attention.position_bias(length, None if cache is None else cache.layers[0].state["attention"])
+
+    def _begin(self, cache: SpadeCache | None, x: Tensor) -> None:
+        """Makes the states before the first token of x (B, L, D), or checks those that there are."""
+        if cache is None:
+            return
+        if not isinstance(cache, SpadeCache):
+            raise TypeError(f"cache is a {type(cache).__name__}, expected a SpadeCache, or None")
+        if len(cache.layers) != len(self.layers):
+            raise ValueError(f"cache has {len(cache.layers)} layers, expected {len(self.layers)}")
+        if cache.positions is None:
+            cache.positions = torch.zeros(x.size(0), dtype=torch.long, device=x.device)
+            for layer, held in zip(self.layers, cache.layers, strict=True):
+                held.state = layer.mixer.initial_state(x.size(0))
+        elif len(cache.positions) != x.size(0):
+            raise ValueError(f"cache has {len(cache.positions)} rows, expected {x.size(0)}")
 
     @merge_with_config_defaults
     @capture_outputs
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -178,54 +196,85 @@ class SpadeModel(SpadePreTrainedModel):
         input_values: Tensor | None = None,
         segment_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: SpadeCache | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutput:
-        """Run over a batch of sequences.
+    ) -> BaseModelOutputWithPast:
+        """Run over a batch of sequences, or over the next piece of them.
 
         Args:
             input_ids: (B, L), token ids; or
             input_values: (B, L, input_size), where the configuration has an input_size; or
             inputs_embeds: (B, L, D), what the embedding would give.
-            attention_mask: (B, L), True or 1 at real tokens, which may be padded on either side.
+            attention_mask: (B, L), True or 1 at real tokens, which may be padded on either side. With a cache it may
+                begin with the tokens before, (B, cache.tokens + L).
             segment_ids: (B, L), integers, of packed rows: a run of equal ids is a document, which sees only itself.
                 Their number is data: with them, a state space model does not compile as a single graph.
             position_ids: (B, L) or (1, L), integers: a document begins where they start again; with them, too, a state
                 space model does not compile as a single graph. Only "learned" positions, which must be below
                 max_position_embeddings, and "sinusoidal" ones read their values; without position_ids a document's
-                real tokens are counted from 0.
-            past_key_values, use_cache: of a cache, which this version has not: None, and False or None.
-            output_attentions: the attentions (B, H, L, L); with attn_implementation="eager" only.
+                real tokens are counted from 0, or on from the cache.
+            cache: what a model kept of the tokens before, which is brought up to date. Rows are single documents.
+            use_cache: make a cache where none is given; None is `config.use_cache`. Training makes none, nor do packed
+                rows and compiled models.
+            output_attentions: the attentions (B, H, L, L), with a cache those of all keys that it holds and then of
+                the new ones; with attn_implementation="eager" only.
 
         Returns:
-            BaseModelOutput with last_hidden_state (B, L, D). What it holds at padded tokens means nothing.
+            BaseModelOutputWithPast with last_hidden_state (B, L, D) and the cache. What it holds at padded tokens means
+            nothing.
         """
-        if use_cache:
-            raise ValueError(f"use_cache is {use_cache}, expected False: SPADE models of this version have no cache")
-        if past_key_values is not None:
-            given = type(past_key_values).__name__
-            raise ValueError(f"past_key_values is a {given}, expected None: SPADE models of this version have no cache")
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
             implementation = self.config._attn_implementation
             raise ValueError(f"output_attentions is True, expected attn_implementation 'eager', not {implementation!r}")
         x = self._embed(input_ids, inputs_embeds, input_values)
-        mask, segment_ids = real_tokens(attention_mask, x), matching_ids(segment_ids, x)
+        self._begin(cache, x)
+        mask, segment_ids = mask_of_new_tokens(attention_mask, x, cache), matching_ids(segment_ids, x)
         if position_ids is not None:
             position_ids = check_position_ids(position_ids, x)
-            if segment_ids is None:
+            if segment_ids is None and not (cache is not None and torch.compiler.is_compiling()):
                 segment_ids = documents_of(position_ids, mask)
+        if segment_ids is not None and cache is not None:
+            given = "position_ids start again" if position_ids is not None else "segment_ids is given"
+            raise ValueError(f"{given}, expected rows of one document with a cache")
+        if use_cache and cache is None and segment_ids is None and not (self.training or torch.compiler.is_compiling()):
+            cache = SpadeCache(self.config)
+            self._begin(cache, x)
         if self.config.scale_embedding:
             x = math.sqrt(self.config.hidden_size) * x
         if self.config.position in ABSOLUTE_POSITIONS:
             counted = position_ids is None
             positions = positions_of(x, mask, segment_ids) if counted else position_ids
-            x = x + self.embed_positions(positions, counted).to(x.dtype)
+            if counted and cache is not None:
+                positions = positions + cache.positions[:, None]
+            x = x + self.embed_positions(positions, counted and cache is None).to(x.dtype)
         x = self.dropout(self.embed_norm(x))
-        shared_bias = self._shared_bias(x.size(1))
-        for layer in self.layers:
-            x = layer(x, mask, segment_ids, shared_bias)
-        return BaseModelOutput(last_hidden_state=self.norm(x))
+        shared_bias = self._shared_bias(x.size(1), cache)
+        for index, layer in enumerate(self.layers):
+            if cache is None:
+                x = layer(x, mask, segment_ids, shared_bias)
+            else:
+                held = cache.layers[index]
+                x, held.state = layer(x, mask, segment_ids, shared_bias, held.state)
+        if cache is not None:
+            cache.positions = cache.positions + (x.size(1) if mask is None else mask.sum(1))
+            cache.tokens += x.size(1)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), cache=cache)
+
+
+def mask_of_new_tokens(attention_mask: Tensor | None, x: Tensor, cache: SpadeCache | None) -> Tensor | None:
+    """Of attention_mask, which may begin with the tokens before, the part of x (B, L, D), as a bool tensor.
+
+    None where, with a cache, there is no padding to step over.
+    """
+    L = x.size(1)
+    if attention_mask is not None and cache is not None and attention_mask.dim() == 2 and attention_mask.size(1) != L:
+        before = cache.get_seq_length()
+        attention_mask = attention_mask[:, before:] if attention_mask.size(1) == before + L else attention_mask
+    mask = real_tokens(attention_mask, x)
+    if mask is None or cache is None or torch.compiler.is_compiling():
+        return mask
+    return None if mask.all() else mask
 
 
 class SpadeLanguageModel(SpadePreTrainedModel):
@@ -279,7 +328,9 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
     """SPADE that predicts each next token."""
 
     needs_causal = True
+    _is_stateful = True  # states cannot forget the last tokens, as assisted generation would have them do
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -291,12 +342,15 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        cache: SpadeCache | None = None,
+        use_cache: bool | None = None,
         **kwargs,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutputWithPast:
         """Predict the token after each token of a batch of sequences.
 
         Args:
-            input_ids, attention_mask, inputs_embeds, segment_ids, position_ids: see `SpadeModel.forward`.
+            input_ids, attention_mask, inputs_embeds, segment_ids, position_ids, cache, use_cache: see
+                `SpadeModel.forward`.
             labels: (B, L), ids that input_ids may be; -100 asks for nothing. The model predicts labels[:, t + 1] at a
                 real token t, unless another document begins there.
             logits_to_keep: how many of the last tokens' logits, 0 for all; or which tokens' ones, indices. Where a loss
@@ -304,13 +358,20 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
             num_items_in_batch: what the sum of losses is divided by; None is the number of labels that count.
 
         Returns:
-            CausalLMOutput with logits (B, L, vocab_size), None where a model in training is given labels; and, given
-            labels, the loss.
+            CausalLMOutputWithPast with logits (B, L, vocab_size), None where a model in training is given labels; the
+            cache; and, given labels, the loss.
         """
         if labels is not None and segment_ids is None and position_ids is not None:
             segment_ids = documents_of(check_position_ids(position_ids, labels), real_tokens(attention_mask, labels))
         outputs = self.model(
-            input_ids, attention_mask, inputs_embeds, segment_ids=segment_ids, position_ids=position_ids, **kwargs
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            **kwargs,
         )
         x, loss, logits = outputs.last_hidden_state, None, None
         if labels is None or not self.training:
@@ -324,9 +385,33 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
                 ends = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (0, 1), value=True)
                 following = following.masked_fill(ends, IGNORED)
             loss = self.token_loss(x, following, num_items_in_batch)
-        return CausalLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, and state space layers compute once what depends on their parameters alone."""
+        with reuse_kernels(self, steps=True):
+            return super().generate(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        if not generation_config.use_cache or model_kwargs.get("cache") is not None:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if (kind := generation_config.cache_implementation) not in (None, "dynamic", "static"):
+            raise ValueError(f"cache_implementation is {kind!r}, expected None, 'dynamic' or 'static'")
+        model_kwargs["cache"] = SpadeCache(self.config)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: SpadeConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor | None:
+        """The mask of the new tokens, whose shape does not grow; that of the tokens before is in the states."""
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.size(1) :]
 
 
 class SpadeForMaskedLM(SpadeLanguageModel):

@@ -71,7 +71,8 @@ class SpadePositionEmbedding(nn.Module):
         if self.max_positions is None:
             return self._sinusoids(positions)
         # A look at the numbers waits for the device, and cannot be part of a graph.
-        if not (counted and positions.size(1) <= self.max_positions) and not torch.compiler.is_compiling():
+        known = counted and positions.size(1) <= self.max_positions
+        if positions.numel() and not known and not torch.compiler.is_compiling():
             self._check_range(positions)
         return self.table(positions)
 

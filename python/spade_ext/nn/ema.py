@@ -122,15 +122,13 @@ class EMA(StateSpaceLayer):
         """
         return self.run(x, attention_mask, segment_ids, state)
 
-    @torch.no_grad()
-    def step(self, x: Tensor, state: Tensor) -> Tensor:
-        """One token, x (B, D): returns y (B, D) and updates state (B, D, N) in place. No gradient."""
-        self.check_token(x)
-        self.check_state(state, x.size(0))
-        u = self.widen(x)
+    def advance_token(self, u: Tensor, state: Tensor) -> Tensor:
         log_q, b, c = self.coefficients()
         y = diagonal_step(u, log_q, b, c, None, state, disc=None).squeeze(1)
-        return nn.functional.silu(y + self.omega * u).to(x.dtype)
+        return nn.functional.silu(y + self.omega * u)
+
+    def prepare_steps(self) -> None:
+        self.coefficients()
 
     def check_has_states(self) -> None:
         super().check_has_states()

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
-from ..ops import local_attention
 from .ema import EMA
-from .local_attention import checked_reach
-from .mask import real_tokens
+from .mask import real_token, real_tokens
 from .norm import Norm, build_norm
 from .position import SimpleBias, build_position_bias
+from .reach import Reach, Ring
+
+State = tuple[Tensor, Ring]  # of the moving average (B, D, n_dim), and the ring of keys and values
 
 
-class GatedAttention(nn.Module):
+class GatedAttention(Reach):
     """One head of attention within chunks, whose queries, keys and gates come from a moving average of the input.
 
     With x~ = norm(x) before and m = EMA(x~)::
@@ -71,13 +72,13 @@ class GatedAttention(nn.Module):
             raise ValueError(f"activation is {activation!r}, expected 'softmax', 'relu2' or 'laplace'")
         if position not in ("simple", "rotary"):
             raise ValueError(f"position is {position!r}, expected 'simple' or 'rotary'")
-        self.window, self.chunk_size = checked_reach(window, chunk_size, causal)
+        self.set_reach(window, chunk_size, causal)
         if window is not None and activation != "softmax":
             raise ValueError(f"window is {window}, expected None for activation {activation!r}")
         self.d_model, self.z_dim, self.h_dim = d_model, z_dim, h_dim
-        self.causal, self.activation, self.prenorm = causal, activation, prenorm
+        self.activation, self.prenorm = activation, prenorm
         self.norm = nn.Identity() if norm is None else build_norm(norm, d_model)
-        self.ema = EMA(d_model, n_dim, bidirectional=not causal, truncation=truncation)
+        self.ema = EMA(d_model, n_dim, bidirectional=not self.causal, truncation=truncation)
         self.v_proj = nn.Linear(d_model, h_dim)
         self.mx_proj = nn.Linear(d_model, z_dim + h_dim + 2 * d_model)
         self.h_proj = nn.Linear(h_dim, d_model)
@@ -101,67 +102,115 @@ class GatedAttention(nn.Module):
         """Optimizer options by parameter: no weight decay on the scale and the shift of queries and keys."""
         return {"gamma": {"weight_decay": 0.0}, "beta": {"weight_decay": 0.0}}
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        state: State | None = None,
+    ) -> Tensor | tuple[Tensor, State]:
         """Mix the tokens of each row.
 
         Args:
             x: (B, L, D).
             attention_mask: (B, L), True or 1 at real tokens.
-            segment_ids: (B, L), ints, equal within a document of a packed row; it sees itself only.
+            segment_ids: (B, L), ints, equal within a document of a packed row; it sees itself only. Not with a state.
+            state: of the tokens before; not changed. Padding then is at the ends of rows. See `initial_state`.
 
         Returns:
-            (B, L, D), the residual connection included. What it holds at padded tokens means nothing.
+            (B, L, D), the residual connection included. What it holds at padded tokens means nothing. Where a state
+            is given, also the state after each row's last real token.
 
         Raises:
-            ValueError, TypeError: a shape or dtype that does not fit; a document longer than max_positions.
+            ValueError, TypeError: a shape or dtype that does not fit; a document longer than max_positions; a state
+            for a two-sided layer or a truncated average.
         """
         if x.dim() != 3 or x.size(-1) != self.d_model:
             raise ValueError(f"x has shape {list(x.shape)}, expected (B, L, {self.d_model})")
-        mask = real_tokens(attention_mask, x)
-        y = x + self.update(self.norm(x) if self.prenorm else x, x, mask, segment_ids)
-        return y if self.prenorm else self.norm(y)
+        mask, normed = real_tokens(attention_mask, x), self.norm(x) if self.prenorm else x
+        if state is None:
+            return self.residual(x, self.update(normed, x, mask, segment_ids))
+        update, state = self.update(normed, x, mask, segment_ids, state)
+        return self.residual(x, update), state
 
-    def update(self, normed: Tensor, x: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+    @torch.no_grad()
+    def step(self, x: Tensor, state: State, attention_mask: Tensor | None = None) -> Tensor:
+        """One token, x (B, D): returns y (B, D) and updates state in place. No gradient; not of whole rows.
+
+        attention_mask: (B,), True or 1 at real tokens; what others leave in the state means nothing.
+        """
+        if x.dim() != 2 or x.size(-1) != self.d_model:
+            raise ValueError(f"x has shape {list(x.shape)}, expected (B, {self.d_model})")
+        normed = self.norm(x) if self.prenorm else x
+        return self.residual(x, self.update_token(normed, x, state, real_token(attention_mask, x)))
+
+    def residual(self, x: Tensor, update: Tensor) -> Tensor:
+        return x + update if self.prenorm else self.norm(x + update)
+
+    def update(
+        self, normed: Tensor, x: Tensor, mask: Tensor | None, segment_ids: Tensor | None, state: State | None = None
+    ) -> Tensor | tuple[Tensor, State]:
         """What the residual connection adds to x, u * (h - x), of x~ = normed, both (B, L, D)."""
-        v = silu(self.v_proj(normed))
-        m = self.dropout(self.ema(normed, mask, segment_ids))
-        u, z, r, g = self.mx_proj(m).split([self.d_model, self.z_dim, self.h_dim, self.d_model], dim=-1)
-        q, k = (silu(z)[..., None, :] * self.gamma + self.beta).split(1, dim=-2)  # (B, L, 1, Z)
-        attended = self.attend(q, k, self.dropout(v), mask, segment_ids)
+        if state is None:
+            m, ring = self.ema(normed, mask, segment_ids), None
+        else:
+            self.check_has_states()
+            if segment_ids is not None:
+                raise ValueError("segment_ids is given, expected None where a state is")
+            average, ring = state
+            m, average = self.ema(normed, mask, state=average)
+        u, q, k, v, r, g = self.projections(normed, m)
+        k, v, length = k[..., None, :], v[..., None, :], x.size(1)
+        if ring is not None:
+            k, v, mask, ring = self.continue_ring(ring, k, v, mask)
+        bias = self.position_bias(length, k, mask, segment_ids)
+        attended = self.attend(q[..., None, :], k, v, bias, attention_mask=mask, segment_ids=segment_ids).squeeze(-2)
+        y = self.gated(x, attended, u, r, g)
+        return y if state is None else (y, (average, ring))
+
+    def update_token(self, normed: Tensor, x: Tensor, state: State, real: Tensor | None) -> Tensor:
+        """`update` of one token, (B, D), the state in place."""
+        self.check_has_steps()
+        average, ring = state
+        u, q, k, v, r, g = self.projections(normed, self.ema.step(normed, average, real))
+        bias = self.position_bias(1, ring[0])
+        attended = self.attend_token(q[:, None], k[:, None], v[:, None], bias, ring, real).squeeze(1)
+        return self.gated(x, attended, u, r, g)
+
+    def projections(self, normed: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        """u, q, k, v, r and g, (..., their width), of x~ and m (..., D)."""
+        v = self.dropout(silu(self.v_proj(normed)))
+        widths = [self.d_model, self.z_dim, self.h_dim, self.d_model]
+        u, z, r, g = self.mx_proj(self.dropout(m)).split(widths, dim=-1)
+        q, k = (silu(z)[..., None, :] * self.gamma + self.beta).unbind(-2)
+        return u, q, k, v, r, g
+
+    def gated(self, x: Tensor, attended: Tensor, u: Tensor, r: Tensor, g: Tensor) -> Tensor:
         h = self.dropout(silu(g + self.h_proj(silu(r) * attended)))
         return u.sigmoid() * (h - x)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
-        """q and k (B, L, 1, Z), v (B, L, E) to (B, L, E)."""
-        return self.attention(
-            q,
-            k,
-            v[:, :, None],
-            self.position_bias(q, mask, segment_ids),
-            window=self.window,
-            chunk_size=self.chunk_size,
-            causal=self.causal,
-            attention_mask=mask,
-            segment_ids=segment_ids,
-            activation=self.activation,
-        )[:, :, 0]
-
-    attention = staticmethod(local_attention)
-
-    def position_bias(self, q: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
-        """The table (1, 2 L - 1), (1, 2 chunk_size - 1) or that of the window, of q's dtype; None without tokens."""
+    def position_bias(
+        self, queries: int, k: Tensor, mask: Tensor | None = None, segment_ids: Tensor | None = None
+    ) -> Tensor | None:
+        """The table of k's dtype for the last `queries` tokens of k (B, Lk, 1, Z): (1, queries + Lk - 1), of chunks
+        (1, 2 chunk_size - 1), or that of the window; None without tokens."""
         if self.window is not None:
-            return self.position(*self.window).to(q.dtype)
-        length = self.chunk_size or q.size(1)
-        if length == 0:
+            return self.position(*self.window).to(k.dtype)
+        if k.size(1) == 0 or queries == 0:
             return None
-        numbered = length
-        if isinstance(self.position, SimpleBias) and length > self.position.max_positions:
-            numbered = self.position.max_positions
-            if (longest := longest_document(q, mask, segment_ids)) > numbered:
-                raise ValueError(f"a document has {longest} tokens, expected at most max_positions = {numbered}")
-        table = self.position(numbered - 1, numbered - 1).to(q.dtype)
-        return pad(table, (length - numbered, length - numbered))  # offsets that no document has
+        reach = [self.chunk_size or k.size(1), self.chunk_size or queries]  # tokens back and ahead, itself included
+        numbered = reach
+        if isinstance(self.position, SimpleBias) and max(reach) > (most := self.position.max_positions):
+            if (longest := longest_document(k, mask, segment_ids)) > most:
+                raise ValueError(f"a document has {longest} tokens, expected at most max_positions = {most}")
+            numbered = [min(size, most) for size in reach]
+        table = self.position(numbered[0] - 1, numbered[1] - 1).to(k.dtype)
+        return pad(table, (reach[0] - numbered[0], reach[1] - numbered[1]))  # offsets that no document has
+
+    def initial_state(self, batch_size: int) -> State:
+        """That before the first token: of a window and of chunks its size is constant, of whole rows it grows."""
+        ring = self.initial_ring(batch_size, (1, self.z_dim), (1, self.h_dim), self.v_proj.weight)
+        return self.ema.initial_state(batch_size), ring
 
     def extra_repr(self) -> str:
         return (

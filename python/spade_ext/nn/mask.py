@@ -18,6 +18,11 @@ def real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
     return attention_mask.bool()
 
 
+def real_token(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Like `real_tokens`, of one token a row: attention_mask (B,) of x (B, D)."""
+    return None if attention_mask is None else real_tokens(attention_mask[:, None], x[:, None]).squeeze(1)
+
+
 def matching_ids(segment_ids: Tensor | None, x: Tensor) -> Tensor | None:
     """segment_ids (B, L) of x (B, L, D), integers: neighbours with equal ids belong to one document.
 

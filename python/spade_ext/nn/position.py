@@ -228,10 +228,13 @@ def build_position_bias(
     return builders[position]()
 
 
-def row_table(position: nn.Module, length: int, *, causal: bool) -> Tensor | None:
-    """The table (H, 2 length - 1) of a full row or a chunk, 0 at offsets that no query sees; None at length 0."""
-    if length == 0:
+def row_table(position: nn.Module, queries: int, keys: int, *, causal: bool) -> Tensor | None:
+    """The table (H, queries + keys - 1) of the last `queries` of `keys` tokens, 0 at offsets that no query sees.
+
+    None without queries or keys.
+    """
+    if queries == 0 or keys == 0:
         return None
     if causal:
-        return nn.functional.pad(position(length - 1, 0), (0, length - 1))
-    return position(length - 1, length - 1)
+        return nn.functional.pad(position(keys - 1, 0), (0, queries - 1))
+    return position(keys - 1, queries - 1)

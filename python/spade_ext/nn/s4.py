@@ -185,10 +185,13 @@ class S4(StateSpaceLayer):
         if self.kernel == "s4d":
             y, state = diagonal_scan(u.mT, self.w, self.B, self.C, log_dt, state, self.D, disc=self.disc)
             return join_channels(y), state
-        w, P = self._every_channel(self.w), self._every_channel(self.P)
-        b = torch.cat([self._every_channel(self.B)[None], state_as_input(state, w, P, log_dt)])
-        k = s4_kernel(w, P, b, self.C, self.log_dt, u.size(1), nodes=self.nodes, rate=rate)
-        y = long_conv(u.mT, k[0], self.D) + k[1:]
+        if state is None:
+            y = long_conv(u.mT, self.convolution_kernel(u.size(1), rate), self.D)
+        else:
+            w, P = self._every_channel(self.w), self._every_channel(self.P)
+            b = torch.cat([self._every_channel(self.B)[None], state_as_input(state, w, P, log_dt)])
+            k = s4_kernel(w, P, b, self.C, self.log_dt, u.size(1), nodes=self.nodes, rate=rate)
+            y = long_conv(u.mT, k[0], self.D) + k[1:]
         with torch.no_grad():
             state = s4_state(u.mT, self.w, self.P, self.B, log_dt, state)
         return join_channels(y), state
@@ -223,20 +226,17 @@ class S4(StateSpaceLayer):
             raise ValueError(f"rate is {rate}, expected a positive number")
         return self.run(x, attention_mask, segment_ids, state, rate=rate)
 
-    @torch.no_grad()
-    def step(self, x: Tensor, state: Tensor) -> Tensor:
-        """One token, x (B, D): returns y (B, channels * D) and updates state (B, D, N, 2) in place. No gradient.
-
-        Kernel "s4" solves for its C at each step, unless `reuse_kernels` keeps it.
-        """
-        self.check_token(x)
-        self.check_state(state, x.size(0))
-        u = self.widen(x)
+    def advance_token(self, u: Tensor, state: Tensor) -> Tensor:
+        # Kernel "s4" solves for its C at each token, unless `reuse_kernels` keeps it.
         if self.kernel == "s4":
             y = s4_step(u, self.w, self.P, self.B, self._untruncated(), self.log_dt, state)
         else:
             y = diagonal_step(u, self.w, self.B, self.C, self.log_dt, state, disc=self.disc)
-        return (y + self.D * u[:, None]).flatten(1).to(x.dtype)
+        return (y + self.D * u[:, None]).flatten(1)
+
+    def prepare_steps(self) -> None:
+        if self.kernel == "s4":
+            self._untruncated()
 
     def _untruncated(self) -> Tensor:
         return self.reuse("C", lambda: untruncate(self.C, self.w, self.P, self.log_dt, self.nodes))

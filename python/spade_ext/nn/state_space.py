@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .mask import ids_or_rows, matching_ids, real_tokens
+from .mask import ids_or_rows, matching_ids, real_token, real_tokens
 from .packing import Documents
 
 Value = TypeVar("Value")
@@ -43,7 +43,7 @@ class StateSpaceLayer(nn.Module, ABC):
 
     @property
     def can_scan(self) -> bool:
-        """Whether `advance` takes None for a state of zeros and then gives what `convolve` does."""
+        """Whether `advance` gives what `convolve` does from a state of zeros, in both directions."""
         return False
 
     @property
@@ -62,7 +62,14 @@ class StateSpaceLayer(nn.Module, ABC):
 
     @abstractmethod
     def advance(self, u: Tensor, state: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-        """What `convolve` does, from `state`; also the state after the last token."""
+        """What `convolve` does, from `state`, None for zeros; also the state after the last token."""
+
+    @abstractmethod
+    def advance_token(self, u: Tensor, state: Tensor) -> Tensor:
+        """`advance` and `activate` of one token, u (B, D) to (B, E), without gradients; the state in place."""
+
+    def prepare_steps(self) -> None:
+        """Compute what `reuse` keeps for steps."""
 
     @abstractmethod
     def initial_values(self) -> dict[str, Tensor]:
@@ -135,8 +142,9 @@ class StateSpaceLayer(nn.Module, ABC):
         self, u: Tensor, mask: Tensor | None, segment_ids: Tensor | None, state: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """`advance` from each row's first token to its last real one, anew at each document."""
-        if segment_ids is None and (mask is None or bool(mask.all())):
-            return self.advance(u, state, **options)
+        zero = not (state.requires_grad or torch.compiler.is_compiling() or bool(state.any()))
+        if segment_ids is None and (mask is None or bool(mask.all()) or (zero and ends_are_real(mask))):
+            return self.advance(u, None if zero else state, **options)
         documents = Documents(ids_or_rows(segment_ids, mask), mask)
         if not len(documents.lengths):
             return self._convolve_row(u, options), state.clone()
@@ -152,6 +160,22 @@ class StateSpaceLayer(nn.Module, ABC):
         ends = torch.cat([continues[1:], continues[:1]])  # a row's last document; the first one continues its row
         states = torch.cat(after)[torch.cat(order).argsort()]
         return documents.scatter(parts), state.index_put((documents.row[ends],), states[ends])
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """One token, x (B, D): returns y (B, E) and updates state (B, *state_size) in place. No gradient.
+
+        attention_mask: (B,), True or 1 at real tokens; others leave the state as it is.
+        """
+        if x.dim() != 2 or x.size(-1) != self.d_model:
+            raise ValueError(f"x has shape {list(x.shape)}, expected (B, {self.d_model})")
+        self.check_state(state, x.size(0))
+        real = real_token(attention_mask, x)
+        before = None if real is None else state.clone()
+        y = self.advance_token(self.widen(x), state)
+        if real is not None:
+            state.copy_(torch.where(real.view(-1, *(1,) * len(self.state_size)), state, before))
+        return y.to(x.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,10 +206,6 @@ class StateSpaceLayer(nn.Module, ABC):
         if state.dtype != self.dtype:
             raise TypeError(f"state is {state.dtype}, expected {self.dtype}, the dtype of the parameters")
 
-    def check_token(self, x: Tensor) -> None:
-        if x.dim() != 2 or x.size(-1) != self.d_model:
-            raise ValueError(f"x has shape {list(x.shape)}, expected (B, {self.d_model})")
-
     def reuse(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """make(), or within `reuse_kernels` and without gradients what it gave the first time."""
         if self._reused is None or torch.is_grad_enabled():
@@ -203,15 +223,24 @@ class StateSpaceLayer(nn.Module, ABC):
         return super()._apply(keep_precision, recurse)
 
 
+def ends_are_real(mask: Tensor) -> bool:
+    """Whether all padding of mask (B, L) is before the real tokens of its row."""
+    return bool((mask[:, 1:] | ~mask[:, :-1]).all())
+
+
 @contextmanager
-def reuse_kernels(model: nn.Module) -> Iterator[None]:
+def reuse_kernels(model: nn.Module, *, steps: bool = False) -> Iterator[None]:
     """Within it and torch.no_grad, state space layers of `model` compute once what depends on their parameters alone.
 
-    For evaluation and generation: parameters that change meanwhile go unnoticed.
+    For evaluation and generation: parameters that change meanwhile go unnoticed. What steps need is computed at once
+    with `steps`, so that they can be compiled.
     """
     layers = [module for module in model.modules() if isinstance(module, StateSpaceLayer) and module._reused is None]
     for layer in layers:
         layer._reused = {}
+        if steps:
+            with torch.no_grad():
+                layer.prepare_steps()
     try:
         yield
     finally:
