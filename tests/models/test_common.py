@@ -4,9 +4,20 @@ import copy
 
 import pytest
 import torch
+from transformers import Cache
 
-from spade_ext.models import SpadeConfig, SpadeForCausalLM, SpadeForMaskedLM, SpadeForSequenceClassification
+from spade_ext.models import (
+    SpadeConfig,
+    SpadeEncoderDecoderConfig,
+    SpadeForCausalLM,
+    SpadeForConditionalGeneration,
+    SpadeForMaskedLM,
+    SpadeForSeq2SeqClassification,
+    SpadeForSequenceClassification,
+)
+from spade_ext.models.modeling_spade import SpadeLayer
 
+EOS = 2
 CHUNKED_MEGA = {"mixer": "mega", "window": None, "chunk_size": 4, "position": "rotary", "mega_z_dim": 8}
 MODELS = {
     "causal_lm": (SpadeForCausalLM, {"window": (3, 0), "attention_dropout": 0.1, "position_shared": True}),
@@ -35,7 +46,13 @@ MODELS = {
     "full_classifier": (SpadeForSequenceClassification, {"mixer": "full", "window": None, "ssm_kind": "ema"}),
     "frozen_ssm": (SpadeForSequenceClassification, {"mixer": "chunk", "window": None, "chunk_size": 4, "ssm_lr": 0}),
     "ssm_alone": (SpadeForSequenceClassification, {"mixer": "ssm", "ssm_kind": "s4d"}),
+    "encoder_decoder": (SpadeForConditionalGeneration, {}),
+    "spade_decoder": (SpadeForConditionalGeneration, {"decoder": "local", "prenorm": True, "final_norm": True}),
+    "encoder_classifier": (SpadeForSeq2SeqClassification, {}),
+    "decoder_classifier": (SpadeForSeq2SeqClassification, {"pooling": "last", "decoder": "local"}),
 }
+CLASSIFIERS = SpadeForSequenceClassification, SpadeForSeq2SeqClassification
+ENCODER_DECODERS = SpadeForConditionalGeneration, SpadeForSeq2SeqClassification
 all_models = pytest.mark.parametrize("name", MODELS)
 
 
@@ -52,15 +69,31 @@ def build(name):
         "ssm_n_ssm": 2,
         "num_labels": 3,
     }
-    return cls(SpadeConfig(**{**sizes, **options}))
+    config = SpadeEncoderDecoderConfig if cls in ENCODER_DECODERS else SpadeConfig
+    return cls(config(**{**sizes, **options}))
 
 
 def batch(B=3, L=12):
-    return torch.randint(1, 20, (B, L))
+    ids = torch.randint(3, 20, (B, L))
+    ids[:, [0, -1]] = EOS
+    return ids
 
 
 def labels_of(model, ids):
-    return ids[:, 0] % 3 if isinstance(model, SpadeForSequenceClassification) else ids
+    return ids[:, 1] % 3 if isinstance(model, CLASSIFIERS) else ids
+
+
+def inputs_of(model, ids, mask=None):
+    """The target of an encoder-decoder is its source."""
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if isinstance(model, SpadeForConditionalGeneration):
+        inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    return inputs
+
+
+def hidden_states_of(output):
+    names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+    return [hidden for name in names for hidden in output.get(name, ())]
 
 
 @all_models
@@ -70,13 +103,13 @@ def test_a_row_does_not_depend_on_its_batch(name, side):
     model, ids, lengths = build(name).eval(), batch(), (12, 7, 1)
     mask = torch.arange(12) < torch.tensor(lengths)[:, None]
     mask = mask.flip(1) if side == "left" else mask
-    output = model(ids, mask.long(), output_hidden_states=True)
+    output = model(**inputs_of(model, ids, mask.long()), output_hidden_states=True)
     for index, length in enumerate(lengths):
-        alone = model(ids[index : index + 1, mask[index]], output_hidden_states=True)
+        alone = model(**inputs_of(model, ids[index : index + 1, mask[index]]), output_hidden_states=True)
         batched = output.logits[index : index + 1]
         batched = batched if batched.dim() == 2 else batched[:, mask[index]]
         torch.testing.assert_close(batched, alone.logits, rtol=1e-5, atol=1e-5)
-        for hidden, expected in zip(output.hidden_states, alone.hidden_states, strict=True):
+        for hidden, expected in zip(hidden_states_of(output), hidden_states_of(alone), strict=True):
             assert hidden.isfinite().all() and expected.shape == (1, length, 16)
             torch.testing.assert_close(hidden[index : index + 1, mask[index]], expected, rtol=1e-5, atol=1e-5)
 
@@ -91,7 +124,7 @@ def test_all_tensors_are_parameters_or_buffers_and_made_from_nothing(name):
     buffers = dict(rebuilt.named_buffers())
     for buffer, value in model.named_buffers():
         assert torch.equal(buffers[buffer], value), buffer
-    assert rebuilt.eval()(batch()).logits.isfinite().all()
+    assert rebuilt.eval()(**inputs_of(rebuilt, batch())).logits.isfinite().all()
 
 
 @all_models
@@ -103,11 +136,12 @@ def test_activation_checkpointing_gives_equal_gradients(name):
     checkpointed.activation_checkpointing_enable()
     for each, times in ((model, 1), (checkpointed, 2)):
         calls = []
-        for index, layer in enumerate(each.model.layers):
+        layers = [module for module in each.modules() if isinstance(module, SpadeLayer)]
+        for index, layer in enumerate(layers):
             layer.mixer.register_forward_pre_hook(lambda module, inputs, index=index, calls=calls: calls.append(index))
         torch.manual_seed(1)
         each(ids, labels=labels).loss.backward()
-        assert sorted(calls) == [0] * times + [1] * times
+        assert sorted(calls) == sorted([*range(len(layers))] * times)
     for (parameter, expected), actual in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
         assert expected.grad is not None, parameter
         torch.testing.assert_close(actual.grad, expected.grad)
@@ -116,13 +150,21 @@ def test_activation_checkpointing_gives_equal_gradients(name):
 @all_models
 def test_tuples_are_dicts_and_embeddings_are_ids(name):
     model, ids = build(name).eval(), batch()
-    output = model(ids, output_hidden_states=True)
-    as_tuple = model(ids, output_hidden_states=True, return_dict=False)
-    assert torch.equal(as_tuple[0], output.logits) and len(as_tuple) == len(output)
-    assert all(torch.equal(a, b) for a, b in zip(as_tuple[-1], output.hidden_states, strict=True))
-    torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, output.logits)
+    inputs = inputs_of(model, ids)
+    output = model(**inputs, output_hidden_states=True)
+    as_tuple = model(**inputs, output_hidden_states=True, return_dict=False)
+    assert torch.equal(as_tuple[0], output.logits)
+    tensors = [[value for value in values if not isinstance(value, Cache)] for values in (as_tuple, output.to_tuple())]
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
     labels = labels_of(model, ids)
-    assert torch.equal(model(ids, labels=labels, return_dict=False)[0], model(ids, labels=labels).loss)
+    assert torch.equal(model(**inputs, labels=labels, return_dict=False)[0], model(**inputs, labels=labels).loss)
+    if name == "decoder_classifier":  # which looks for an id
+        return
+    embedded = {name.replace("input_ids", "inputs_embeds"): value for name, value in inputs.items()}
+    for each in embedded:
+        if each.endswith("inputs_embeds"):
+            embedded[each] = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(**embedded).logits, output.logits)
 
 
 @all_models
@@ -130,11 +172,13 @@ def test_half_precision_keeps_the_state_space_model_in_float32(name):
     model, ids = build(name).bfloat16(), batch()
     assert {p.dtype for n, p in model.named_parameters() if ".ssm." in n or ".ema." in n} <= {torch.float32}
     model(ids, labels=labels_of(model, ids)).loss.backward()
-    assert model.eval()(ids).logits.dtype == torch.bfloat16
+    assert model.eval()(**inputs_of(model, ids)).logits.dtype == torch.bfloat16
 
 
-def test_loss_compiles_as_one_graph_for_all_lengths():
-    model = build("mega_lm").eval()
+@pytest.mark.parametrize("name", ["mega_lm", "encoder_decoder", "spade_decoder"])
+def test_loss_compiles_as_one_graph_for_all_lengths(name):
+    torch.compiler.reset()  # the models share a limit of compilations
+    model = build(name).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     for L in (12, 17):
         ids = batch(2, L)
@@ -145,6 +189,7 @@ def test_loss_compiles_as_one_graph_for_all_lengths():
 def test_masks_are_of_tokens(name):
     model, ids = build(name).eval(), batch()
     integers = torch.ones(3, 12, dtype=torch.int32)
-    assert torch.equal(model(ids, integers).logits, model(ids, integers.bool()).logits)
+    logits = [model(**inputs_of(model, ids, mask)).logits for mask in (integers, integers.bool())]
+    assert torch.equal(*logits)
     with pytest.raises(ValueError, match=r"^attention_mask has shape \[3, 1, 12, 12\], expected \[3, 12\], \(B, L\)$"):
-        model(ids, torch.ones(3, 1, 12, 12))
+        model(**inputs_of(model, ids, torch.ones(3, 1, 12, 12)))

@@ -433,7 +433,7 @@ def test_wrong_inputs():
         classifier(input_size=1)(input_values=torch.zeros(3, 20))
     with pytest.raises(ValueError, match=r"attention_mask has shape \[3, 1, 1, 20\], expected \[3, 20\], \(B, L\)"):
         model(batch(), torch.ones(3, 1, 1, 20))
-    with pytest.raises(ValueError, match=r"^segment_ids has shape \[3, 20\], expected None: a row is classified"):
+    with pytest.raises(ValueError, match=r"^segment_ids has shape \[3, 20\], expected None: a row is one document"):
         model(batch(), segment_ids=torch.zeros(3, 20))
-    with pytest.raises(ValueError, match=r"^position_ids has shape \[1, 20\], expected None: a row is classified"):
+    with pytest.raises(ValueError, match=r"^position_ids has shape \[1, 20\], expected None: a row is one document"):
         model(batch(), position_ids=torch.zeros(1, 20))

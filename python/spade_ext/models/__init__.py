@@ -8,12 +8,20 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
 
 from . import attention_interface, published  # noqa: F401  (register the attention and the published names)
 from .cache import SpadeCache
+from .configuration_encoder_decoder import SpadeEncoderDecoderConfig
 from .configuration_spade import SpadeConfig
+from .encoder_decoder import (
+    SpadeEncoderDecoderModel,
+    SpadeEncoderModel,
+    SpadeForConditionalGeneration,
+    SpadeForSeq2SeqClassification,
+)
 from .mixers import register_mixer
 from .modeling_spade import (
     SpadeForCausalLM,
@@ -29,11 +37,21 @@ AutoModelForCausalLM.register(SpadeConfig, SpadeForCausalLM, exist_ok=True)
 AutoModelForMaskedLM.register(SpadeConfig, SpadeForMaskedLM, exist_ok=True)
 AutoModelForSequenceClassification.register(SpadeConfig, SpadeForSequenceClassification, exist_ok=True)
 
+AutoConfig.register(SpadeEncoderDecoderConfig.model_type, SpadeEncoderDecoderConfig, exist_ok=True)
+AutoModel.register(SpadeEncoderDecoderConfig, SpadeEncoderDecoderModel, exist_ok=True)
+AutoModelForSeq2SeqLM.register(SpadeEncoderDecoderConfig, SpadeForConditionalGeneration, exist_ok=True)
+AutoModelForSequenceClassification.register(SpadeEncoderDecoderConfig, SpadeForSeq2SeqClassification, exist_ok=True)
+
 __all__ = [
     "SpadeCache",
     "SpadeConfig",
+    "SpadeEncoderDecoderConfig",
+    "SpadeEncoderDecoderModel",
+    "SpadeEncoderModel",
     "SpadeForCausalLM",
+    "SpadeForConditionalGeneration",
     "SpadeForMaskedLM",
+    "SpadeForSeq2SeqClassification",
     "SpadeForSequenceClassification",
     "SpadeModel",
     "SpadePreTrainedModel",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 if TYPE_CHECKING:
     from .configuration_spade import SpadeConfig
@@ -99,3 +99,8 @@ class SpadeCache(Cache):
         """Bytes of all tensors."""
         tensors = [self.positions, *(layer.state for layer in self.layers)]
         return sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
+
+
+def states_of(cache: Cache | None) -> Cache | None:
+    """What a cache keeps of a model's own tokens, without the keys and values of its encoder."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

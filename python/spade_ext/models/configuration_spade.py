@@ -2,7 +2,7 @@
 """The configuration of SPADE models."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from ..nn.hippo import DIAGONAL_INITS, DPLR_INITS, SMALLEST_RANK
 from .mixers import MIXERS
-from .presets import preset_options
+from .presets import PRESETS, preset_options
 
 BIAS_TABLES = ("t5", "alibi", "simple", "rotary")
 ABSOLUTE_POSITIONS = ("learned", "sinusoidal")
@@ -55,6 +55,7 @@ class SpadeConfig(PreTrainedConfig):
         ssm_weight: weight of the SSM in "add".
         ssm_init_scale: the weight that the SSM's norm starts from; 0 starts as the model without SSM, and training
             opens the branch.
+        add_cross_attention: layers also attend to an encoder's output, between mixer and feed-forward.
         norm: "layernorm", "rmsnorm" or "scalenorm", of every norm.
         prenorm: a norm before each sublayer; otherwise after.
         final_norm: a norm after the last layer; None: where prenorm.
@@ -77,6 +78,7 @@ class SpadeConfig(PreTrainedConfig):
 
     model_type = "spade"
     keys_to_ignore_at_inference = ["cache"]
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
     vocab_size: int = 32128
     input_size: int | None = None
@@ -114,6 +116,7 @@ class SpadeConfig(PreTrainedConfig):
     ssm_combine: Literal["concat", "add", "stack"] = "concat"
     ssm_weight: float | int = 0.5
     ssm_init_scale: float | int = 1.0
+    add_cross_attention: bool = False
     norm: Literal["layernorm", "rmsnorm", "scalenorm"] = "layernorm"
     prenorm: bool = True
     final_norm: bool | None = None
@@ -136,18 +139,18 @@ class SpadeConfig(PreTrainedConfig):
     def preset(cls, name: str, **options: Any) -> "SpadeConfig":
         """The model of a published experiment, such as "wikitext103"; `options` replace its fields.
 
-        Names are those of `spade_ext.models.presets.PRESETS`.
+        Names are those of `presets`.
         """
-        return cls(**preset_options(name) | options)
+        return cls(**preset_options(cls.presets, name) | options)
 
     def __post_init__(self, **kwargs):
         if self.mixer == "window" and self.window is None:
             self.window = (128, 0 if self.causal else 128)
         if self.mixer != "ssm" and self.window is not None and len(self.window) == 2 and self.window[1] == 0:
             self.causal = True
+        super().__post_init__(**kwargs)
         if self.use_cache is None:
             self.use_cache = self.why_no_cache() is None
-        super().__post_init__(**kwargs)
 
     @property
     def has_relative_position(self) -> bool:

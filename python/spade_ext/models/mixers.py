@@ -65,7 +65,7 @@ def token_of(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask[:, 0]
 
 
-class _ChoosesImplementation(Reach):
+class ChoosesImplementation(Reach):
     """Attention by the op, or with attn_implementation="eager" by a dense matrix of weights."""
 
     config: "SpadeConfig"
@@ -83,7 +83,7 @@ class _ChoosesImplementation(Reach):
 @register_mixer("full")
 @register_mixer("chunk")
 @register_mixer("window")
-class AttentionMixer(_ChoosesImplementation, LocalAttention):
+class AttentionMixer(ChoosesImplementation, LocalAttention):
     """Multi-head attention in the configuration's window, chunks, or full rows where it has neither."""
 
     def __init__(self, config: "SpadeConfig", layer: int):
@@ -119,7 +119,7 @@ class AttentionMixer(_ChoosesImplementation, LocalAttention):
 
 
 @register_mixer("mega")
-class MegaMixer(_ChoosesImplementation, GatedAttention):
+class MegaMixer(ChoosesImplementation, GatedAttention):
     """MEGA's gated attention in the configuration's window, chunks, or full rows where it has neither."""
 
     drops_out = True  # its values, moving average and h, so what it returns is not dropped out again

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -23,9 +24,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..nn.mask import matching_ids, real_tokens
 from ..nn.norm import build_norm
-from ..nn.state_space import StateSpaceLayer, reuse_kernels
-from .cache import SpadeCache
+from ..nn.state_space import StateSpaceLayer
+from .cache import SpadeCache, states_of
 from .configuration_spade import ABSOLUTE_POSITIONS, SpadeConfig
+from .cross_attention import CrossAttention
+from .generation import SpadeGenerationMixin
 from .mixers import AttentionMixer, AttentionWeights, SpadeMixer, build_mixer, run_mixer
 from .positions import SpadePositionEmbedding, check_position_ids, documents_of, positions_of
 from .vocabulary import IGNORED, AdaptiveEmbedding, AdaptiveHead, sum_of_losses
@@ -45,13 +48,19 @@ class SpadeFeedForward(nn.Module):
 
 
 class SpadeLayer(GradientCheckpointingLayer):
-    """A mixer and a feed-forward, each with a residual connection and a norm before or after it."""
+    """A mixer, in decoders attention to an encoder's output, and a feed-forward.
+
+    Each has a residual connection, and a norm before or after it.
+    """
 
     def __init__(self, config: SpadeConfig, layer: int):
         super().__init__()
         self.prenorm = config.prenorm
         self.mixer = build_mixer(config, layer)
         self.mixer_norm = build_norm(config.norm, config.hidden_size, config.layer_norm_eps)
+        if config.add_cross_attention:
+            self.cross_attention = CrossAttention(config, layer)
+            self.cross_norm = build_norm(config.norm, config.hidden_size, config.layer_norm_eps)
         self.feed_forward = SpadeFeedForward(config)
         self.feed_forward_norm = build_norm(config.norm, config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
@@ -64,6 +73,9 @@ class SpadeLayer(GradientCheckpointingLayer):
         segment_ids: Tensor | None = None,
         position_bias: Tensor | None = None,
         state: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         x = hidden_states
         context = {"attention_mask": attention_mask, "segment_ids": segment_ids, "position_bias": position_bias}
@@ -71,12 +83,19 @@ class SpadeLayer(GradientCheckpointingLayer):
             self.mixer, self.mixer_norm(x) if self.prenorm else x, state, {"residual": x, **context}
         )
         x = x + self.mixer_dropout(mixed)
-        if self.prenorm:
-            x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        else:
+        if not self.prenorm:
             x = self.mixer_norm(x)
-            x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        if encoder_hidden_states is not None:
+            source = encoder_hidden_states, encoder_attention_mask, cache
+            x = self.add(self.cross_attention, self.cross_norm, x, *source)
+        x = self.add(self.feed_forward, self.feed_forward_norm, x)
         return x if state is None else (x, after)
+
+    def add(self, sublayer: nn.Module, norm: nn.Module, x: Tensor, *context: Any) -> Tensor:
+        """x and what a sublayer makes of it, normalised before or after."""
+        if self.prenorm:
+            return x + self.dropout(sublayer(norm(x), *context))
+        return norm(x + self.dropout(sublayer(x, *context)))
 
 
 class SpadeValueEmbedding(nn.Linear):
@@ -170,6 +189,13 @@ class SpadeModel(SpadePreTrainedModel):
             return None
         return mixer.attention.position_bias(length, None if cache is None else cache.layers[0].state["attention"])
 
+    def new_cache(self) -> SpadeCache | EncoderDecoderCache:
+        """One of no tokens, beside that of an encoder's keys and values with add_cross_attention."""
+        states = SpadeCache(self.config)
+        if not self.config.add_cross_attention:
+            return states
+        return EncoderDecoderCache(states, DynamicCache(config=self.config))
+
     def _begin(self, cache: SpadeCache | None, x: Tensor) -> None:
         """Makes the states before the first token of x (B, L, D), or checks those that there are."""
         if cache is None:
@@ -196,7 +222,9 @@ class SpadeModel(SpadePreTrainedModel):
         input_values: Tensor | None = None,
         segment_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: SpadeCache | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cache: SpadeCache | EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -214,7 +242,10 @@ class SpadeModel(SpadePreTrainedModel):
                 space model does not compile as a single graph. Only "learned" positions, which must be below
                 max_position_embeddings, and "sinusoidal" ones read their values; without position_ids a document's
                 real tokens are counted from 0, or on from the cache.
-            cache: what a model kept of the tokens before, which is brought up to date. Rows are single documents.
+            encoder_hidden_states: (B, Lk, D), an encoder's output that the layers attend to, with add_cross_attention.
+            encoder_attention_mask: (B, Lk), True or 1 at its real tokens.
+            cache: what a model kept of the tokens before, which is brought up to date. Rows are single documents. With
+                add_cross_attention it also holds the encoder's keys and values.
             use_cache: make a cache where none is given; None is `config.use_cache`. Training makes none, nor do packed
                 rows and compiled models.
             output_attentions: the attentions (B, H, L, L), with a cache those of all keys that it holds and then of
@@ -224,10 +255,14 @@ class SpadeModel(SpadePreTrainedModel):
             BaseModelOutputWithPast with last_hidden_state (B, L, D) and the cache. What it holds at padded tokens means
             nothing.
         """
+        if (encoder_hidden_states is not None) != (attends := self.config.add_cross_attention):
+            given, expected = ("None", "a tensor") if attends else ("given", "None")
+            raise ValueError(f"encoder_hidden_states is {given}, expected {expected}: add_cross_attention is {attends}")
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
             implementation = self.config._attn_implementation
             raise ValueError(f"output_attentions is True, expected attn_implementation 'eager', not {implementation!r}")
         x = self._embed(input_ids, inputs_embeds, input_values)
+        whole, cache = cache, states_of(cache)
         self._begin(cache, x)
         mask, segment_ids = mask_of_new_tokens(attention_mask, x, cache), matching_ids(segment_ids, x)
         if position_ids is not None:
@@ -238,7 +273,8 @@ class SpadeModel(SpadePreTrainedModel):
             given = "position_ids start again" if position_ids is not None else "segment_ids is given"
             raise ValueError(f"{given}, expected rows of one document with a cache")
         if use_cache and cache is None and segment_ids is None and not (self.training or torch.compiler.is_compiling()):
-            cache = SpadeCache(self.config)
+            whole = self.new_cache()
+            cache = states_of(whole)
             self._begin(cache, x)
         if self.config.scale_embedding:
             x = math.sqrt(self.config.hidden_size) * x
@@ -250,16 +286,21 @@ class SpadeModel(SpadePreTrainedModel):
             x = x + self.embed_positions(positions, counted and cache is None).to(x.dtype)
         x = self.dropout(self.embed_norm(x))
         shared_bias = self._shared_bias(x.size(1), cache)
+        source = {}
+        if encoder_hidden_states is not None:
+            encoder_mask = real_tokens(encoder_attention_mask, encoder_hidden_states)
+            source = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_mask}
+            source["cache"] = whole if isinstance(whole, EncoderDecoderCache) else None
         for index, layer in enumerate(self.layers):
             if cache is None:
-                x = layer(x, mask, segment_ids, shared_bias)
+                x = layer(x, mask, segment_ids, shared_bias, **source)
             else:
                 held = cache.layers[index]
-                x, held.state = layer(x, mask, segment_ids, shared_bias, held.state)
+                x, held.state = layer(x, mask, segment_ids, shared_bias, held.state, **source)
         if cache is not None:
             cache.positions = cache.positions + (x.size(1) if mask is None else mask.sum(1))
             cache.tokens += x.size(1)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), cache=whole)
 
 
 def mask_of_new_tokens(attention_mask: Tensor | None, x: Tensor, cache: SpadeCache | None) -> Tensor | None:
@@ -285,6 +326,7 @@ class SpadeLanguageModel(SpadePreTrainedModel):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     needs_causal: bool
+    backbone: type[SpadePreTrainedModel] = SpadeModel
 
     def __init__(self, config: SpadeConfig):
         if config.input_size is not None:
@@ -293,7 +335,7 @@ class SpadeLanguageModel(SpadePreTrainedModel):
             name = type(self).__name__
             raise ValueError(f"causal is {config.causal}, expected {self.needs_causal} for {name}")
         super().__init__(config)
-        self.model = SpadeModel(config)
+        self.model = self.backbone(config)
         if config.adaptive_cutoffs is None:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         else:
@@ -324,11 +366,10 @@ class SpadeLanguageModel(SpadePreTrainedModel):
         return loss / max(1, num_items_in_batch)
 
 
-class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
+class SpadeForCausalLM(SpadeLanguageModel, SpadeGenerationMixin):
     """SPADE that predicts each next token."""
 
     needs_causal = True
-    _is_stateful = True  # states cannot forget the last tokens, as assisted generation would have them do
 
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     @can_return_tuple
@@ -393,26 +434,6 @@ class SpadeForCausalLM(SpadeLanguageModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, and state space layers compute once what depends on their parameters alone."""
-        with reuse_kernels(self, steps=True):
-            return super().generate(*args, **kwargs)
-
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        if not generation_config.use_cache or model_kwargs.get("cache") is not None:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if (kind := generation_config.cache_implementation) not in (None, "dynamic", "static"):
-            raise ValueError(f"cache_implementation is {kind!r}, expected None, 'dynamic' or 'static'")
-        model_kwargs["cache"] = SpadeCache(self.config)
-
-    @staticmethod
-    def create_masks_for_generate(
-        config: SpadeConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> Tensor | None:
-        """The mask of the new tokens, whose shape does not grow; that of the tokens before is in the states."""
-        return None if attention_mask is None else attention_mask[:, -inputs_embeds.size(1) :]
-
 
 class SpadeForMaskedLM(SpadeLanguageModel):
     """SPADE that fills in masked tokens."""
@@ -465,6 +486,12 @@ def pool(x: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     return torch.einsum("bl,bld->bd", weights.to(x.dtype), x.masked_fill(~mask[..., None], 0))
 
 
+def refuse_packed_rows(inputs: dict[str, Any]) -> None:
+    for name in ("segment_ids", "position_ids"):
+        if inputs.get(name) is not None:
+            raise ValueError(f"{name} has shape {list(inputs[name].shape)}, expected None: a row is one document")
+
+
 class SpadeClassificationHead(nn.Module):
     def __init__(self, config: SpadeConfig):
         super().__init__()
@@ -510,10 +537,7 @@ class SpadeForSequenceClassification(SpadePreTrainedModel):
         Returns:
             SequenceClassifierOutput with logits (B, num_labels) and, given labels, the loss.
         """
-        for name in ("segment_ids", "position_ids"):
-            if kwargs.get(name) is not None:
-                shape = list(kwargs[name].shape)
-                raise ValueError(f"{name} has shape {shape}, expected None: a row is classified as one document")
+        refuse_packed_rows(kwargs)
         outputs = self.model(input_ids, attention_mask, inputs_embeds, input_values, **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
         loss = None

@@ -1,4 +1,4 @@
-"""Sizes of published experiments, for `SpadeConfig.preset`."""
+"""Sizes of published experiments, for `SpadeConfig.preset` and `SpadeEncoderDecoderConfig.preset`."""
 
 from typing import Any
 
@@ -80,8 +80,15 @@ PRESETS = {
 }
 
 
-def preset_options(name: str) -> dict[str, Any]:
+# The published encoder-decoder has the sizes of T5's small by default, and an S4 of the width of T5's base.
+ENCODER_DECODER_PRESETS = {
+    "encoder-decoder-small": {},
+    "encoder-decoder-base": BASE | {"ssm_n_ssm": 768},
+}
+
+
+def preset_options(presets: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     """The fields of a preset."""
-    if name not in PRESETS:
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    if name not in presets:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(presets)}")
+    return presets[name]
