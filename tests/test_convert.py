@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from spade_ext import nn
-from spade_ext.convert import from_reference, load_reference
+from spade_ext.convert import from_reference, load_reference, to_reference
 from spade_ext.models import SpadeConfig, SpadeModel
 
 from .reference import below
@@ -18,6 +18,34 @@ MODULES = {
     "local_attention_L33_R7_h2_d16_causal0_bias0_pad1": lambda: nn.LocalAttention(16, 2, window=(7, 7), position=None),
     "local_attention_L50_R7_h2_d16_causal1_bias1_pad0": lambda: nn.LocalAttention(16, 2, window=(7, 0)),
 }
+
+
+STATE_SPACES = [
+    "s4_fout_r1_s2_L64_bi0_c1",
+    "s4_legs_r1_s1_L100_bi1_c1",
+    "s4_legt_r2_s4_L100_bi1_c1",
+    "s4d_diag-legs_zoh_L100_bi1_c1",
+    "s4d_diag-lin_dss_L64_bi0_c1",
+    "spaces_diag_diag-lin_r1_L80_bi1",
+    "spaces_dplr_legs_r1_L64_bi0",
+]
+MADE_ANEW = ("rel_pos_bias._float_tensor", "kernel.kernel.A")  # hold nothing of their own
+
+
+def s4_of(config, **options):
+    """An nn.S4 of a golden file's sizes."""
+    kernel = "s4d" if config["mode"] == "diag" else "s4"
+    options = {"n_ssm": config["n_ssm"], "bidirectional": config["bidirectional"], "kernel": kernel} | options
+    if kernel == "s4":
+        options |= {"rank": config["rank"], "init": config.get("measure", config.get("init"))}
+    return nn.S4(config["d_model"], config["d_state"], **options)
+
+
+def assert_same(found, expected):
+    """In names, types and bits, but for what is made anew."""
+    assert found.keys() == expected.keys()
+    for name in found.keys() - set(MADE_ANEW):
+        assert found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]), name
 
 
 def leaves_of(state):
@@ -46,11 +74,7 @@ def test_gradients_pass_to_the_published_tensors(name, load_golden):
 def test_gradients_pass_to_a_published_state_space_model(name, load_golden):
     """Called with the truncation of the file, which is not the module's own."""
     tensors, config = load_golden(name)
-    kernel = "s4d" if config["mode"] == "diag" else "s4"
-    options = {"n_ssm": config["n_ssm"], "bidirectional": config["bidirectional"], "l_max": 7, "kernel": kernel}
-    if kernel == "s4":
-        options |= {"rank": config["rank"], "init": config.get("measure", config.get("init"))}
-    module = nn.S4(config["d_model"], config["d_state"], **options)
+    module = s4_of(config, l_max=7)
     leaves = leaves_of(below(tensors, "state."))
     y = torch.func.functional_call(module.double(), from_reference(module, leaves), tensors["u"].mT)
     torch.testing.assert_close(y.mT, tensors["y"], rtol=1e-9, atol=1e-9)
@@ -59,8 +83,8 @@ def test_gradients_pass_to_a_published_state_space_model(name, load_golden):
         torch.testing.assert_close(leaves[name].grad, gradient, rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_pass_to_a_published_stack_of_layers(load_golden):
-    tensors, published = load_golden("spade_decoder_concat_prenorm1")
+def stack_of(published, **options):
+    """A SpadeModel of the sizes of a golden file's layers."""
     config = SpadeConfig(
         vocab_size=1,
         hidden_size=published["d_model"],
@@ -74,8 +98,14 @@ def test_gradients_pass_to_a_published_stack_of_layers(load_golden):
         final_norm=False,
         ssm_d_state=published["s4"]["d_state"],
         ssm_n_ssm=published["s4"]["n_ssm"],
+        **options,
     )
-    module, leaves = SpadeModel(config).eval().double(), leaves_of(below(tensors, "state."))
+    return SpadeModel(config).eval().double()
+
+
+def test_gradients_pass_to_a_published_stack_of_layers(load_golden):
+    tensors, published = load_golden("spade_decoder_concat_prenorm1")
+    module, leaves = stack_of(published), leaves_of(below(tensors, "state."))
     x = {"inputs_embeds": tensors["x"].transpose(0, 1)}
     y = torch.func.functional_call(module, from_reference(module, leaves), kwargs=x).last_hidden_state
     torch.testing.assert_close(y.transpose(0, 1), tensors["y"], rtol=1e-9, atol=1e-9)
@@ -128,3 +158,85 @@ def test_a_missing_name_is_named_in_full(load_golden):
     del tensors["move.delta"]
     with pytest.raises(ValueError, match=r"^from_reference: tensors lacks move.delta, expected among beta, gamma, "):
         from_reference(nn.GatedAttention(12, 8, 20, 4, chunk_size=8), tensors)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_there_and_back(name, load_golden):
+    state = below(load_golden(name)[0], "state.")
+    module = MODULES[name]().double()
+    load_reference(module, state)
+    assert_same(to_reference(module), state)
+
+
+@pytest.mark.parametrize("name", STATE_SPACES)
+def test_a_state_space_model_there_and_back(name, load_golden):
+    tensors, config = load_golden(name)
+    state = below(tensors, "state.")
+    module = s4_of(config).double()
+    load_reference(module, state)
+    found = to_reference(module, source="state-spaces" if name.startswith("spaces") else "spade")
+    assert_same(found, state)
+    if "kernel.kernel.A" in found:
+        torch.testing.assert_close(found["kernel.kernel.A"], state["kernel.kernel.A"], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("combine", ["add", "concat", "stack"])
+def test_a_stack_of_layers_there_and_back(combine, load_golden):
+    """Its embeddings stay as they are."""
+    tensors, published = load_golden(f"spade_decoder_{combine}_prenorm{int(combine != 'add')}")
+    state, module = below(tensors, "state."), stack_of(published, ssm_combine=combine)
+    embedding = module.embed_tokens.weight.clone()
+    load_reference(module, state)
+    assert_same(to_reference(module), state)
+    assert torch.equal(module.embed_tokens.weight, embedding)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.EMA(3, 1, bidirectional=True),
+        lambda: nn.GatedAttention(3, 2, 5, 1, norm="scalenorm", position="rotary"),
+        lambda: nn.GatedAttention(3, 1, 1, 2, norm="rmsnorm", max_positions=1),
+        lambda: nn.LocalAttention(6, 3, window=(2, 1)),
+        lambda: nn.S4(6, 2, n_ssm=1, channels=2, bidirectional=True, lr=0),
+        lambda: nn.S4(6, 8, init="hippo", rank=3),
+        lambda: nn.S4(4, 6, kernel="s4d", init="real"),
+    ],
+)
+def test_ours_to_theirs_and_back(make):
+    """Sizes of 1 among them, which a squeeze too many would lose."""
+    module, other = make(), make()
+    sources = ("spade", "state-spaces") if isinstance(module, nn.S4) else ("spade",)
+    for source in sources:
+        load_reference(other, to_reference(module, source=source))
+        assert_same(other.state_dict(), module.state_dict())
+
+
+def test_a_file_without_the_length_of_its_truncation():
+    state = to_reference(nn.S4(4, 4))
+    del state["kernel.kernel.L"]
+    with pytest.raises(ValueError, match="^load_reference: tensors lacks kernel.kernel.L, expected among D, kernel"):
+        load_reference(nn.S4(4, 4), state)
+
+
+def test_shapes_that_do_not_fit():
+    state = to_reference(nn.LocalAttention(4, 2, window=(1, 1)))
+    state["k.weight"] = torch.zeros(4, 5)
+    with pytest.raises(ValueError, match=r"^load_reference: k.weight has shape \[4, 5\], expected \[4, 4\]$"):
+        load_reference(nn.LocalAttention(4, 2, window=(1, 1)), state)
+
+
+def test_what_the_published_code_has_not():
+    with pytest.raises(TypeError, match="^to_reference: module is a Linear, expected an EMA, "):
+        to_reference(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="^to_reference: source is 'state-spaces', expected 'spade'$"):
+        to_reference(nn.EMA(2), source="state-spaces")
+    module = nn.EMA(2)
+    module.scale = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="^to_reference: module has scale, expected only tensors that the published"):
+        to_reference(module)
+
+
+def test_many_names_are_not_all_listed():
+    with pytest.raises(ValueError, match=r"tensors lacks delta, expected among n0, n1, .* n7 and 2 more$"):
+        from_reference(nn.EMA(2), {f"n{index}": torch.zeros(1) for index in range(10)})
