@@ -19,23 +19,37 @@ _TRAIN_PACKAGES = (
     "yaml",
 )
 _EPILOG = "Fields of a recipe are overridden by KEY=VALUE, for example training.max_steps=100 model.window=[64,64]."
+_CONVERT_EPILOG = (
+    "Fields of SpadeConfig are given by KEY=VALUE: those that the tensors do not tell, for example window=[511,0], and "
+    "those in which a model is not the usual one. docs/models.md names them."
+)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="spade-ext", description="Train and evaluate SPADE models.", epilog=_EPILOG)
+    parser = argparse.ArgumentParser(
+        prog="spade-ext", description="Train, evaluate and convert SPADE models.", epilog=_EPILOG
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, positional: str, text: str, about: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=about, description=about, epilog=_EPILOG)
-        command.add_argument(positional, type=Path, help=text)
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a field of the recipe")
+    def add(name: str, about: str, epilog: str = _EPILOG, **positionals: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about, epilog=epilog)
+        for positional, text in positionals.items():
+            command.add_argument(positional, type=Path, help=text)
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="see below")
         return command
 
-    add("data", "recipe", "a YAML recipe", "Make or check the data that a recipe names.")
-    add("train", "recipe", "a YAML recipe", "Train a recipe's model; the run goes to training.output_dir.")
-    add("info", "recipe", "a YAML recipe", "Say what a recipe's model costs by length.")
-    evaluate = add("evaluate", "run", "a folder that `spade-ext train` wrote", "Evaluate a run's model.")
+    add("data", "Make or check the data that a recipe names.", recipe="a YAML recipe")
+    add("train", "Train a recipe's model; the run goes to training.output_dir.", recipe="a YAML recipe")
+    add("info", "Say what a recipe's model costs by length.", recipe="a YAML recipe")
+    evaluate = add("evaluate", "Evaluate a run's model.", run="a folder that `spade-ext train` wrote")
     evaluate.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
+    add(
+        "convert",
+        "Make a model of published weights, or published weights of a model.",
+        _CONVERT_EPILOG,
+        input="a file of published tensors (torch.save, safetensors), or a folder that save_pretrained wrote",
+        output="the folder, or the file (.pt, .safetensors), to write; it must not be there",
+    )
     return parser
 
 
@@ -145,6 +159,25 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"metrics: {arguments.run / f'{split}_metrics.json'}")
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from .models.published_files import convert_to_ours, convert_to_published
+    from .train.recipe import model_options
+
+    _prepare()
+    options = model_options(arguments.overrides)
+    if arguments.input.is_dir():
+        if options:
+            raise ValueError(
+                f"{next(iter(options))} is given, expected no fields: {arguments.input} is a folder of ours"
+            )
+        model, left_out = convert_to_published(arguments.input, arguments.output), []
+    else:
+        model, left_out = convert_to_ours(arguments.input, arguments.output, **options)
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters: {arguments.output}")
+    if left_out:
+        print(f"left out, as our classifier is another one: {', '.join(left_out)}")
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
@@ -159,7 +192,8 @@ def _fail(message: str, code: int = 2) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; what a user got wrong is one sentence on stderr and exit code 2."""
     arguments = _parse(argv)
-    command = {"data": _data, "train": _train, "info": _info, "evaluate": _evaluate}[arguments.command]
+    commands = {"data": _data, "train": _train, "info": _info, "evaluate": _evaluate, "convert": _convert}
+    command = commands[arguments.command]
     try:
         with _processes():
             command(arguments)

@@ -195,8 +195,8 @@ def from_reference(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
             decoder its layers, the embeddings being left alone, or MEGA's encoder.
         tensors: under the names of facebookresearch/mega (`MultiHeadEMA`, `MovingAverageGatedAttention`, `mega_lm`,
             `MegaLRAEncoder`), of microsoft/EfficientLongSequenceModeling (local attention, S4, a stack of decoder
-            layers, `spade_lm`) or of state-spaces/s4 (`FFTConv`). The C of an S4 of length 0 is not truncated yet:
-            it is, at module's l_max.
+            layers, `spade_lm`) or of state-spaces/s4 (`FFTConv` with dt_transform="exp"). The C of an S4 of length 0 is
+            not truncated yet: it is, at module's l_max.
 
     Raises:
         TypeError: a module without a published counterpart.

@@ -61,15 +61,17 @@ def _check_decoder(config: SpadeConfig) -> None:
 def _backbone(module: SpadeModel) -> Rules:
     mega = module.config.mixer == "mega"
     embed_norm, final_norm = rules(module.embed_norm), rules(module.norm)
+    if mega and module.config.causal:
+        final_norm = _dispensable(final_norm)
     return [
         *_embeddings(module),
         *below("embed_norm.", "embed_norm.norm." if mega else "layernorm_embedding.", embed_norm),
         *below("layers.", "layers.", _layers(module)),
-        *below("norm.", "final_norm.norm." if mega else "layer_norm.", _lacking(final_norm) if mega else final_norm),
+        *below("norm.", "final_norm.norm." if mega else "layer_norm.", final_norm),
     ]
 
 
-def _lacking(norm: Rules) -> Rules:
+def _dispensable(norm: Rules) -> Rules:
     """Those of a norm whose weights a file may lack: it then scales by 1 and shifts by 0."""
     return [Rule(r.ours, r.published, neutral=0.0 if r.ours == "bias" else 1.0) for r in norm]
 

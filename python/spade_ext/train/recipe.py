@@ -137,6 +137,22 @@ class Recipe:
             raise ValueError(f"training: {error}") from error
 
 
+def model_options(overrides: Sequence[str]) -> dict[str, Any]:
+    """Fields of `SpadeConfig` given as in "window=[64,64]".
+
+    Raises:
+        ValueError: an unknown field, or a value that is none.
+    """
+    options: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(options, override)
+    _check_keys("", options, _keys(SpadeConfig))
+    for key, value in options.items():
+        if key in SpadeConfig.__annotations__:
+            _check_type(key, value, SpadeConfig.__annotations__[key])
+    return options
+
+
 def _parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
