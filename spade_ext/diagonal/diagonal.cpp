@@ -21,11 +21,12 @@ std::tuple<at::Tensor, at::Tensor> diagonal_scan(const at::Tensor& u, const at::
                                                  const std::optional<at::Tensor>& log_dt,
                                                  const std::optional<at::Tensor>& state,
                                                  const std::optional<at::Tensor>& skip,
-                                                 std::optional<std::string_view> disc, bool bidirectional) {
+                                                 std::optional<std::string_view> disc, bool bidirectional,
+                                                 const std::optional<at::Tensor>& segment_ids) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("spade_ext::diagonal_scan", "")
                              .typed<decltype(diagonal_scan)>();
-  return op.call(u, w, b, c, log_dt, state, skip, disc, bidirectional);
+  return op.call(u, w, b, c, log_dt, state, skip, disc, bidirectional, segment_ids);
 }
 
 at::Tensor diagonal_step(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
@@ -67,11 +68,13 @@ using ScanGrads =
 ScanGrads scan_backward(const at::Tensor& grad_y, const at::Tensor& grad_state, const at::Tensor& u,
                         const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                         const OptionalTensor& log_dt, const OptionalTensor& state, const OptionalTensor& skip,
-                        OptionalString disc, bool bidirectional, std::array<bool, 7> output_mask) {
+                        OptionalString disc, bool bidirectional, const OptionalTensor& segment_ids,
+                        std::array<bool, 7> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("spade_ext::diagonal_scan_backward", "")
                              .typed<decltype(scan_backward)>();
-  return op.call(grad_y, grad_state, u, w, b, c, log_dt, state, skip, disc, bidirectional, output_mask);
+  return op.call(grad_y, grad_state, u, w, b, c, log_dt, state, skip, disc, bidirectional, segment_ids,
+                 output_mask);
 }
 
 at::Tensor kernel_meta(const at::Tensor& w, const at::Tensor& c, const OptionalTensor& log_dt,
@@ -90,8 +93,8 @@ KernelGrads kernel_backward_meta(const at::Tensor& grad_k, const at::Tensor& w, 
 
 ScanOutputs scan_meta(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                       const OptionalTensor& log_dt, const OptionalTensor& state, const OptionalTensor& skip,
-                      OptionalString disc, bool bidirectional) {
-  diagonal_shapes::check_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional);
+                      OptionalString disc, bool bidirectional, const OptionalTensor& segment_ids) {
+  diagonal_shapes::check_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional, segment_ids);
   return {empty_outputs(u, c.sym_size(0)),
           at::empty_symint(diagonal_shapes::state_sizes(u, w, c), u.options())};
 }
@@ -100,9 +103,9 @@ ScanGrads scan_backward_meta(const at::Tensor& grad_y, const at::Tensor& grad_st
                              const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                              const OptionalTensor& log_dt, const OptionalTensor& state,
                              const OptionalTensor& skip, OptionalString disc, bool bidirectional,
-                             std::array<bool, 7> output_mask) {
+                             const OptionalTensor& segment_ids, std::array<bool, 7> output_mask) {
   diagonal_shapes::check_scan_backward(grad_y, grad_state, u, w, b, c, log_dt, state, skip, disc,
-                                       bidirectional, output_mask);
+                                       bidirectional, segment_ids, output_mask);
   return {output_mask[0] ? empty_signal(u) : at::Tensor(),
           empty_gradient(output_mask[1], w),
           empty_gradient(output_mask[2], b),
@@ -147,13 +150,13 @@ struct DiagonalScanFunction : torch::autograd::Function<DiagonalScanFunction> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& u, const at::Tensor& w,
                                const at::Tensor& b, const at::Tensor& c, const OptionalTensor& log_dt,
                                const OptionalTensor& state, const OptionalTensor& skip, OptionalString disc,
-                               bool bidirectional) {
+                               bool bidirectional, const OptionalTensor& segment_ids) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({u, w, b, c, log_dt.value_or(at::Tensor()), state.value_or(at::Tensor()),
-                            skip.value_or(at::Tensor())});
+                            skip.value_or(at::Tensor()), segment_ids.value_or(at::Tensor())});
     ctx->saved_data["disc"] = to_ivalue(disc);
     ctx->saved_data["bidirectional"] = bidirectional;
-    auto [y, final_state] = diagonal_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional);
+    auto [y, final_state] = diagonal_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional, segment_ids);
     return {y, final_state};
   }
 
@@ -164,8 +167,9 @@ struct DiagonalScanFunction : torch::autograd::Function<DiagonalScanFunction> {
         gradient_mask<7>(ctx, {true, true, true, true, is_given(log_dt), is_given(state), is_given(skip)});
     auto [grad_u, grad_w, grad_b, grad_c, grad_log_dt, grad_state, grad_skip] =
         scan_backward(grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], log_dt, state, skip,
-                      as_string(ctx->saved_data["disc"]), ctx->saved_data["bidirectional"].toBool(), mask);
-    return {grad_u, grad_w, grad_b, grad_c, grad_log_dt, grad_state, grad_skip, {}, {}};
+                      as_string(ctx->saved_data["disc"]), ctx->saved_data["bidirectional"].toBool(),
+                      as_optional(saved[7]), mask);
+    return {grad_u, grad_w, grad_b, grad_c, grad_log_dt, grad_state, grad_skip, {}, {}, {}};
   }
 };
 
@@ -176,8 +180,10 @@ at::Tensor kernel_autograd(const at::Tensor& w, const at::Tensor& c, const Optio
 
 ScanOutputs scan_autograd(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                           const OptionalTensor& log_dt, const OptionalTensor& state,
-                          const OptionalTensor& skip, OptionalString disc, bool bidirectional) {
-  const auto outputs = DiagonalScanFunction::apply(u, w, b, c, log_dt, state, skip, disc, bidirectional);
+                          const OptionalTensor& skip, OptionalString disc, bool bidirectional,
+                          const OptionalTensor& segment_ids) {
+  const auto outputs =
+      DiagonalScanFunction::apply(u, w, b, c, log_dt, state, skip, disc, bidirectional, segment_ids);
   return {outputs[0], outputs[1]};
 }
 
@@ -208,10 +214,11 @@ struct Autocast {
 
   static ScanOutputs scan(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                           const OptionalTensor& log_dt, const OptionalTensor& state,
-                          const OptionalTensor& skip, OptionalString disc, bool bidirectional) {
+                          const OptionalTensor& skip, OptionalString disc, bool bidirectional,
+                          const OptionalTensor& segment_ids) {
     c10::impl::ExcludeDispatchKeyGuard guard(key);
     return diagonal_scan(cast(u), cast(w), cast(b), cast(c), cast(log_dt), cast(state), cast(skip), disc,
-                         bidirectional);
+                         bidirectional, segment_ids);
   }
 
   // The state is written, so it cannot be a cast copy.
@@ -233,11 +240,13 @@ TORCH_LIBRARY_FRAGMENT(spade_ext, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "diagonal_scan(Tensor u, Tensor w, Tensor b, Tensor c, Tensor? log_dt, Tensor? state=None, "
-      "Tensor? skip=None, str? disc='zoh', bool bidirectional=False) -> (Tensor, Tensor)",
+      "Tensor? skip=None, str? disc='zoh', bool bidirectional=False, Tensor? segment_ids=None) -> (Tensor, "
+      "Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "diagonal_scan_backward(Tensor grad_y, Tensor grad_state, Tensor u, Tensor w, Tensor b, Tensor c, "
-      "Tensor? log_dt, Tensor? state, Tensor? skip, str? disc, bool bidirectional, bool[7] output_mask) "
+      "Tensor? log_dt, Tensor? state, Tensor? skip, str? disc, bool bidirectional, Tensor? segment_ids, "
+      "bool[7] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(

@@ -30,11 +30,14 @@ SPADE_EXT_API at::Tensor diagonal_kernel(const at::Tensor& w, const at::Tensor& 
 //
 // bidirectional: c, log_dt and state have 2 H channels. The last H run from the last token to the first, and
 // y is the sum of both directions, which both see the token itself.
+//
+// segment_ids (B, L), integers: a run of equal ids is a document. Each starts from zeros but the one that
+// time runs into first, and the returned state is that after the one that it runs into last.
 SPADE_EXT_API std::tuple<at::Tensor, at::Tensor> diagonal_scan(
     const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
     const std::optional<at::Tensor>& log_dt, const std::optional<at::Tensor>& state = std::nullopt,
     const std::optional<at::Tensor>& skip = std::nullopt, std::optional<std::string_view> disc = "zoh",
-    bool bidirectional = false);
+    bool bidirectional = false, const std::optional<at::Tensor>& segment_ids = std::nullopt);
 
 // One token of diagonal_scan: u (B, H), y (B, C, H). Overwrites `state`; no gradient.
 SPADE_EXT_API at::Tensor diagonal_step(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b,

@@ -1,6 +1,7 @@
 // diagonal_scan: whole blocks of tokens by matrix products (diagonal_blocks.h), those that are left one at a
 // time. A task is a vector of channels with some rows of the batch, both directions of time.
 #include <spade_ext/core/cpu_levels.h>
+#include <spade_ext/core/documents.h>
 #include <spade_ext/diagonal/diagonal_blocks.h>
 #include <spade_ext/diagonal/diagonal_cpu.h>
 #include <torch/library.h>
@@ -62,8 +63,6 @@ struct ScanProblem : System<T> {
   static constexpr double factor = pairs ? 2.0 : 1.0;
   int64_t rows() const { return pairs ? 2 * this->N : this->N; }
   int64_t systems() const { return directions * H; }
-  // The tokens before it come in whole blocks.
-  int64_t whole() const { return L / kBlock * kBlock; }
   T input_weight(int64_t h, int64_t n) const { return b.data[(h % this->S) * this->N + n]; }
 };
 
@@ -134,20 +133,32 @@ struct Channels {
   double* c_row(int64_t j) const { return c.data + j * rows * lanes; }
   T at(const double* numbers, int64_t n, int64_t i) const { return get<T>(numbers, p.N, lanes, n, i); }
   const double* skip_row(int64_t j) const { return skip.data + j * lanes; }
-  int64_t whole() const { return p.whole(); }
   // The second direction adds to what the first has written.
   bool adds() const { return direction > 0; }
   void put(double value, scalar_t& element) const {
     element = static_cast<scalar_t>(adds() ? element + value : value);
   }
 
-  // Channel `first` of row b of a (B, H, L), in this direction's order of time.
+  // Channel `first` of a document of t (B, H, L) or, of t (B, C, H, L), of t[:, j], in this direction's order
+  // of time.
   template <class V>
-  Signal<V> signal(at::TensorAccessor<V, 3> t, int64_t b) const {
-    V* const data = t.data() + b * t.stride(0) + first * t.stride(1);
-    if (direction == 0) return {data, t.stride(1), t.stride(2)};
-    return {data + std::max<int64_t>(p.L - 1, 0) * t.stride(2), t.stride(1), -t.stride(2)};
+  Signal<V> signal(at::TensorAccessor<V, 3> t, const Document& d) const {
+    return signal(t.data() + d.row * t.stride(0), t.stride(1), t.stride(2), d);
   }
+  template <class V>
+  Signal<V> signal(at::TensorAccessor<V, 4> t, const Document& d, int64_t j) const {
+    return signal(t.data() + d.row * t.stride(0) + j * t.stride(1), t.stride(2), t.stride(3), d);
+  }
+  template <class V>
+  Signal<V> signal(V* row, int64_t channel_stride, int64_t token_stride, const Document& d) const {
+    const int64_t start = direction == 0 ? d.begin : std::max<int64_t>(d.end - 1, 0);
+    return {row + first * channel_stride + start * token_stride, channel_stride,
+            direction == 0 ? token_stride : -token_stride};
+  }
+
+  // Whether a document's states before and after it are those of its row.
+  bool begins_row(const Document& d) const { return direction == 0 ? d.begin == 0 : d.end == p.L; }
+  bool ends_row(const Document& d) const { return direction == 0 ? d.end == p.L : d.begin == 0; }
 
   void make_tables() {
     const int64_t block = kBlock * lanes;
@@ -189,7 +200,6 @@ struct Channels {
 
   // The states of row b of (B, systems, N), to and from vectors.
   void load_state(const T* states, int64_t b, double* x) const {
-    std::fill_n(x, rows * lanes, 0.0);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t n = 0; n < p.N; ++n) set(x, p.N, lanes, n, i, states[state_row(b, i) + n]);
     }
@@ -216,7 +226,17 @@ struct Channels {
   }
 };
 
-// Calls body(token, blocks) for each tile of a row's whole blocks.
+// Of so many tokens those that come in whole blocks.
+int64_t whole_blocks(int64_t tokens) { return tokens / kBlock * kBlock; }
+
+// Calls body(document) for each one, from the first to the last or from the last to the first.
+template <class Body>
+void for_each_document(const std::vector<Document>& documents, bool forwards, const Body& body) {
+  forwards ? std::for_each(documents.begin(), documents.end(), body)
+           : std::for_each(documents.rbegin(), documents.rend(), body);
+}
+
+// Calls body(token, blocks) for each tile of whole blocks.
 template <class Body>
 void for_each_tile(int64_t whole, const Body& body) {
   for (int64_t t = 0; t < whole; t += kTile) body(t, std::min(kTileBlocks, (whole - t) / kBlock));
@@ -245,11 +265,12 @@ struct Workspace {
   scalar_t* output(int64_t j) const { return y.data + j * kTile * lanes; }
 };
 
-// Writes y (B, C, H, L) of a vector of channels and moves its states (B, systems, N) to the sequence's other
-// end.
+// Writes y (B, C, H, L) of a vector of channels, document by document in the order of time, and moves its
+// states (B, systems, N) to the rows' other end.
 template <class T, class scalar_t>
 struct Forward {
   Channels<T, scalar_t> channels;
+  int64_t length = 0;  // of a document
   Buffer<double> x;
   Signal<const scalar_t> u{};
   std::vector<Signal<scalar_t>> y;
@@ -257,11 +278,13 @@ struct Forward {
   Forward(const ScanProblem<T>& p, int64_t first, int64_t direction)
       : channels(p, first, direction), x(channels.rows * channels.lanes), y(p.C) {}
 
-  void start(int64_t b, at::TensorAccessor<const scalar_t, 3> u_, const T* states,
+  void start(const Document& d, at::TensorAccessor<const scalar_t, 3> u_, const T* states,
              at::TensorAccessor<scalar_t, 4> y_) {
-    u = channels.signal(u_, b);
-    for (size_t j = 0; j < y.size(); ++j) y[j] = channels.signal(y_[b], j);
-    channels.load_state(states, b, x.data);
+    length = d.length();
+    u = channels.signal(u_, d);
+    for (size_t j = 0; j < y.size(); ++j) y[j] = channels.signal(y_, d, j);
+    x.zero();
+    if (channels.begins_row(d)) channels.load_state(states, d.row, x.data);
   }
 
   void tile(int64_t t, int64_t blocks, const Workspace<scalar_t>& work) {
@@ -273,7 +296,7 @@ struct Forward {
 
   // The tokens after the last whole block.
   void tokens() {
-    for (int64_t t = channels.whole(); t < channels.p.L; ++t) {
+    for (int64_t t = whole_blocks(length); t < length; ++t) {
       const auto u_t = u.from(t);
       channels.advance(x.data, u_t);
       for (size_t j = 0; j < y.size(); ++j) {
@@ -327,6 +350,7 @@ struct ChannelSums {
 
   // From the entries of the tables to the numbers they are made of.
   void collect(const Channels<T, scalar_t>& channels) {
+    fold();
     const auto by = tables(total.data);
     const int64_t block = kBlock * lanes;
     std::vector<double> lags(C * kBlock);
@@ -379,29 +403,34 @@ struct Backward {
   Channels<T, scalar_t> channels;
   ChannelSums<T, scalar_t> sums;
   int64_t size;              // numbers of a vector's states
-  Buffer<double> x, grad_x;  // (tokens after the last whole block + 1, rows), (rows)
+  Buffer<double> x, grad_x;  // (kBlock, rows), (rows)
   Buffer<scalar_t> starts;   // (tiles, rows): x before each tile
   Signal<const scalar_t> u{};
   Signal<scalar_t> grad_u{};
   std::vector<Signal<const scalar_t>> g;
+  int64_t length = 0;    // of a document
+  int64_t unfolded = 0;  // tiles
 
   Backward(const ScanProblem<T>& p, int64_t first, int64_t direction)
       : channels(p, first, direction),
         sums(channels),
         size(channels.rows * channels.lanes),
-        x((p.L - channels.whole() + 1) * size),
+        x(kBlock * size),
         grad_x(size),
-        starts((channels.whole() + kTile - 1) / kTile * size),
+        starts((p.L + kTile - 1) / kTile * size),
         g(p.C) {}
 
-  void start(int64_t b, at::TensorAccessor<const scalar_t, 4> grad_y,
+  void start(const Document& d, at::TensorAccessor<const scalar_t, 4> grad_y,
              at::TensorAccessor<const scalar_t, 3> u_, const T* states, const T* grad_states,
              at::TensorAccessor<scalar_t, 3> grad_u_) {
-    u = channels.signal(u_, b);
-    grad_u = channels.signal(grad_u_, b);
-    for (size_t j = 0; j < g.size(); ++j) g[j] = channels.signal(grad_y[b], j);
-    channels.load_state(states, b, x.data);
-    channels.load_state(grad_states, b, grad_x.data);
+    length = d.length();
+    u = channels.signal(u_, d);
+    grad_u = channels.signal(grad_u_, d);
+    for (size_t j = 0; j < g.size(); ++j) g[j] = channels.signal(grad_y, d, j);
+    std::fill_n(x.data, size, 0.0);
+    grad_x.zero();
+    if (channels.begins_row(d)) channels.load_state(states, d.row, x.data);
+    if (channels.ends_row(d)) channels.load_state(grad_states, d.row, grad_x.data);
   }
 
   void forward_tile(int64_t t, int64_t blocks, const Workspace<scalar_t>& work) {
@@ -412,7 +441,7 @@ struct Backward {
 
   // The tokens after the last whole block, from the state before them.
   void tokens() {
-    const int64_t begin = channels.whole(), end = channels.p.L;
+    const int64_t begin = whole_blocks(length), end = length;
     for (int64_t t = begin; t < end; ++t) {
       double* const before = x.data + (t - begin) * size;
       std::copy_n(before, size, before + size);
@@ -455,7 +484,7 @@ struct Backward {
     channels.blocks.backward(channels.system, blocks, work.u.data, work.y.data, x.data, grad_x.data,
                              work.grad_u.data, sums.tables(sums.recent.data), work.scratch.data);
     channels.blocks.store(work.grad_u.data, channels.adds(), channels.count, blocks * kBlock, grad_u.from(t));
-    if (t / kTile % kFoldTiles == 0) sums.fold();
+    if (++unfolded % kFoldTiles == 0) sums.fold();
   }
 };
 
@@ -582,8 +611,9 @@ using ScanOutputs = std::tuple<at::Tensor, at::Tensor>;
 
 ScanOutputs diagonal_scan(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                           const OptionalTensor& log_dt, const OptionalTensor& state,
-                          const OptionalTensor& skip, OptionalString disc, bool bidirectional) {
-  diagonal_shapes::check_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional);
+                          const OptionalTensor& skip, OptionalString disc, bool bidirectional,
+                          const OptionalTensor& segment_ids) {
+  diagonal_shapes::check_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional, segment_ids);
   const auto y = empty_outputs(u, c.size(0)),
              states = working_state(diagonal_shapes::state_sizes(u, w, c), state);
   dispatch(w, [&]<class T, class scalar_t>() {
@@ -591,19 +621,22 @@ ScanOutputs diagonal_scan(const at::Tensor& u, const at::Tensor& w, const at::Te
     const auto u_ = u.accessor<const scalar_t, 3>();
     const auto y_ = y.accessor<scalar_t, 4>();
     T* const states_ = Values<T>(states).data;
+    const auto documents = spade_ext::documents(p.B, p.L, segment_ids);
     Tasks(p.H, p.B).run([&](Tasks::Range channels, int64_t, Tasks::Range rows) {
       const Workspace<scalar_t> work(p);
       for (int64_t direction = 0; direction < p.directions; ++direction) {
         auto group = vectors<Forward, T, scalar_t>(p, channels, direction);
         for (int64_t row = rows.begin; row < rows.end; ++row) {
-          for (auto& vector : group) vector.start(row, u_, states_, y_);
-          for_each_tile(p.whole(), [&](int64_t t, int64_t blocks) {
-            for (auto& vector : group) vector.tile(t, blocks, work);
+          for_each_document(documents[row], direction == 0, [&](const Document& d) {
+            for (auto& vector : group) vector.start(d, u_, states_, y_);
+            for_each_tile(whole_blocks(d.length()), [&](int64_t t, int64_t blocks) {
+              for (auto& vector : group) vector.tile(t, blocks, work);
+            });
+            for (auto& vector : group) {
+              vector.tokens();
+              if (vector.channels.ends_row(d)) vector.channels.store_state(vector.x.data, row, states_);
+            }
           });
-          for (auto& vector : group) {
-            vector.tokens();
-            vector.channels.store_state(vector.x.data, row, states_);
-          }
         }
       }
     });
@@ -618,9 +651,9 @@ ScanGrads diagonal_scan_backward(const at::Tensor& grad_y, const at::Tensor& gra
                                  const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                                  const OptionalTensor& log_dt, const OptionalTensor& state,
                                  const OptionalTensor& skip, OptionalString disc, bool bidirectional,
-                                 std::array<bool, 7> output_mask) {
+                                 const OptionalTensor& segment_ids, std::array<bool, 7> output_mask) {
   diagonal_shapes::check_scan_backward(grad_y, grad_state, u, w, b, c, log_dt, state, skip, disc,
-                                       bidirectional, output_mask);
+                                       bidirectional, segment_ids, output_mask);
   const auto grad_u = empty_signal(u);
   const auto sizes = diagonal_shapes::state_sizes(u, w, c);
   const auto states = working_state(sizes, state), grad_states = working_state(sizes, grad_state);
@@ -632,20 +665,27 @@ ScanGrads diagonal_scan_backward(const at::Tensor& grad_y, const at::Tensor& gra
     const auto u_ = u.accessor<const scalar_t, 3>();
     const auto grad_u_ = grad_u.accessor<scalar_t, 3>();
     T *const states_ = Values<T>(states).data, *const grad_states_ = Values<T>(grad_states).data;
+    const auto documents = spade_ext::documents(p.B, p.L, segment_ids);
     tasks.run([&](Tasks::Range channels, int64_t part, Tasks::Range rows) {
       const Workspace<scalar_t> work(p);
       for (int64_t direction = 0; direction < p.directions; ++direction) {
         auto group = vectors<Backward, T, scalar_t>(p, channels, direction);
         for (int64_t row = rows.begin; row < rows.end; ++row) {
-          for (auto& vector : group) vector.start(row, grad_y_, u_, states_, grad_states_, grad_u_);
-          for_each_tile(p.whole(), [&](int64_t t, int64_t blocks) {
-            for (auto& vector : group) vector.forward_tile(t, blocks, work);
+          for_each_document(documents[row], direction == 1, [&](const Document& d) {
+            const int64_t whole = whole_blocks(d.length());
+            for (auto& vector : group) vector.start(d, grad_y_, u_, states_, grad_states_, grad_u_);
+            for_each_tile(whole, [&](int64_t t, int64_t blocks) {
+              for (auto& vector : group) vector.forward_tile(t, blocks, work);
+            });
+            for (auto& vector : group) vector.tokens();
+            for_each_tile_backwards(whole, [&](int64_t t, int64_t blocks) {
+              for (auto& vector : group) vector.tile(t, blocks, work);
+            });
+            for (auto& vector : group) {
+              if (vector.channels.begins_row(d))
+                vector.channels.store_state(vector.grad_x.data, row, grad_states_);
+            }
           });
-          for (auto& vector : group) vector.tokens();
-          for_each_tile_backwards(p.whole(), [&](int64_t t, int64_t blocks) {
-            for (auto& vector : group) vector.tile(t, blocks, work);
-          });
-          for (auto& vector : group) vector.channels.store_state(vector.grad_x.data, row, grad_states_);
         }
         for (auto& vector : group) {
           vector.sums.collect(vector.channels);

@@ -3,6 +3,7 @@
 
 #include <spade_ext/core/autograd.h>
 #include <spade_ext/core/checks.h>
+#include <spade_ext/core/documents.h>
 #include <spade_ext/core/layout.h>
 #include <spade_ext/diagonal/diagonal_math.h>
 
@@ -112,7 +113,7 @@ inline void check_recurrence(const char* op, const at::Tensor& u, const char* u_
 
 inline void check_scan(const at::Tensor& u, const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                        const OptionalTensor& log_dt, const OptionalTensor& state, const OptionalTensor& skip,
-                       OptionalString disc, bool bidirectional) {
+                       OptionalString disc, bool bidirectional, const OptionalTensor& segment_ids) {
   constexpr const char* op = "diagonal_scan";
   check_dim(op, "u", u, 3, "(B, H, L)");
   check_recurrence(op, u, "(B, H, L)", w, b, c, log_dt, state, disc, bidirectional);
@@ -122,15 +123,16 @@ inline void check_scan(const at::Tensor& u, const at::Tensor& w, const at::Tenso
     check_size(op, "skip", *skip, 0, c.sym_size(0), "(C, H)");
     check_size(op, "skip", *skip, 1, u.sym_size(1), "(C, H)");
   }
+  check_segment_ids(op, segment_ids, u);
 }
 
 inline void check_scan_backward(const at::Tensor& grad_y, const at::Tensor& grad_state, const at::Tensor& u,
                                 const at::Tensor& w, const at::Tensor& b, const at::Tensor& c,
                                 const OptionalTensor& log_dt, const OptionalTensor& state,
                                 const OptionalTensor& skip, OptionalString disc, bool bidirectional,
-                                std::array<bool, 7> output_mask) {
+                                const OptionalTensor& segment_ids, std::array<bool, 7> output_mask) {
   constexpr const char *op = "diagonal_scan", *letters = "(B, C, H, L)";
-  check_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional);
+  check_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional, segment_ids);
   check_dim(op, "grad_y", grad_y, 4, letters);
   check_like(op, "grad_y", grad_y, "w", w);
   check_size(op, "grad_y", grad_y, 0, u.sym_size(0), letters);

@@ -2,12 +2,14 @@
 // spectrum is in memory.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
+#include <spade_ext/core/documents.h>
 #include <spade_ext/core/parallel.h>
 #include <spade_ext/long_conv/long_conv_plan.h>
 #include <spade_ext/long_conv/long_conv_shapes.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -15,13 +17,13 @@ namespace spade_ext::long_conv_cpu {
 
 using long_conv_shapes::with_channels;
 
-// The lengths of one call: what of each kernel reaches an output, and the circular length without
+// The lengths of one convolution: what of each kernel reaches an output, and the circular length without
 // wrap-around.
 struct Lengths {
   int64_t signal, forward, reverse, transform;
 
-  Lengths(const at::Tensor& u, const at::Tensor& k, const OptionalTensor& k_reverse)
-      : signal(u.size(2)),
+  Lengths(int64_t signal_, const at::Tensor& k, const OptionalTensor& k_reverse)
+      : signal(signal_),
         forward(std::min(k.size(-1), signal)),
         reverse(is_given(k_reverse) ? std::min(k_reverse->size(-1), signal - 1) : 0),
         transform(transform_length(signal + std::max(forward - 1, reverse))) {}
@@ -31,22 +33,43 @@ struct Lengths {
 struct Kernels {
   at::Tensor k, skip, k_reverse;
 
+  Kernels() = default;
+
   Kernels(const OptionalTensor& k_, const OptionalTensor& skip_, const OptionalTensor& k_reverse_,
           const at::Tensor& like)
       : k(with_channels(k_.value_or(at::Tensor()), like)),
         skip(with_channels(skip_.value_or(at::Tensor()), like)),
         k_reverse(with_channels(k_reverse_.value_or(at::Tensor()), like)) {}
+
+  // Uninitialised gradients, of the taps that reach an output.
+  Kernels empty_like(const Lengths& lengths) const {
+    auto taps = [](const at::Tensor& t, int64_t length) {
+      return t.defined() ? at::empty({t.size(0), t.size(1), length}, t.options()) : at::Tensor();
+    };
+    Kernels result;
+    result.k = taps(k, lengths.forward), result.k_reverse = taps(k_reverse, lengths.reverse);
+    if (skip.defined()) result.skip = at::empty(skip.sizes(), skip.options());
+    return result;
+  }
+
+  void add(const Kernels& part) const {
+    if (k.defined()) k.narrow(-1, 0, part.k.size(-1)).add_(part.k);
+    if (skip.defined()) skip.add_(part.skip);
+    if (k_reverse.defined()) k_reverse.narrow(-1, 0, part.k_reverse.size(-1)).add_(part.k_reverse);
+  }
 };
 
-// The channels from h on of t[lead][c], of t (lead, C, H, L).
+// The channels from h on and tokens from `begin` on of t[lead][c], of t (lead, C, H, L).
 template <class T>
-SignalView<T> signal_view(const at::Tensor& t, int64_t lead, int64_t c, int64_t h) {
-  return {t.data_ptr<T>() + lead * t.stride(0) + c * t.stride(1) + h * t.stride(2), t.stride(3), t.stride(2)};
+SignalView<T> signal_view(const at::Tensor& t, int64_t lead, int64_t c, int64_t h, int64_t begin = 0) {
+  return {t.data_ptr<T>() + lead * t.stride(0) + c * t.stride(1) + h * t.stride(2) + begin * t.stride(3),
+          t.stride(3), t.stride(2)};
 }
 template <class T>
-SignalView<const T> input_view(const at::Tensor& t, int64_t lead, int64_t c, int64_t h) {
-  return {t.const_data_ptr<T>() + lead * t.stride(0) + c * t.stride(1) + h * t.stride(2), t.stride(3),
-          t.stride(2)};
+SignalView<const T> input_view(const at::Tensor& t, int64_t lead, int64_t c, int64_t h, int64_t begin = 0) {
+  return {
+      t.const_data_ptr<T>() + lead * t.stride(0) + c * t.stride(1) + h * t.stride(2) + begin * t.stride(3),
+      t.stride(3), t.stride(2)};
 }
 
 template <class T>
@@ -56,28 +79,30 @@ void reverse_rows(T* rows, int64_t count, int64_t lanes) {
   }
 }
 
-// A task is a line of channels, what a cache line holds of them, and a block of the batch. Few lines have
-// several blocks each; all of it follows from shapes.
+// A task is a line of channels, what a cache line holds of them, and a block of the documents. Few lines have
+// several blocks each; all of it follows from shapes and documents.
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kTasks = 16;
-constexpr int64_t kRowsOfBlock = 4;
+constexpr int64_t kDocumentsOfBlock = 4;
 
+// Of documents of similar lengths.
 template <class T>
 class Convolution {
  public:
   Convolution(const at::Tensor& u, const at::Tensor& k, const OptionalTensor& skip,
-              const OptionalTensor& k_reverse)
+              const OptionalTensor& k_reverse, std::vector<Document> documents, const Lengths& lengths)
       : u_(u.unsqueeze(1)),
         kernels_(k, skip, k_reverse, k),
-        n_(u, k, k_reverse),
-        B_(u.size(0)),
+        documents_(std::move(documents)),
+        n_(lengths),
         C_(kernels_.k.size(0)),
         H_(u.size(1)),
         plan_(n_.transform) {
     plan_.shorten(n_.signal, n_.forward, n_.reverse);
     line_ = std::max<int64_t>(kLineBytes / sizeof(T), lanes_);
     lines_ = (H_ + line_ - 1) / line_;
-    blocks_ = std::clamp<int64_t>(kTasks / lines_, 1, std::max<int64_t>(B_ / kRowsOfBlock, 1));
+    const int64_t count = documents_.size();
+    blocks_ = std::clamp<int64_t>(kTasks / lines_, 1, std::max<int64_t>(count / kDocumentsOfBlock, 1));
   }
 
   void forward(const at::Tensor& y) const {
@@ -85,10 +110,11 @@ class Convolution {
       const Line line = this->line(i / blocks_);
       const auto rows = empty_rows(line, C_);
       const auto spectra = this->spectra(line, rows);
-      for_each_row(i % blocks_, [&](int64_t b) {
-        load_signal(input_view<T>(u_, b, 0, line.h), line, rows, C_ - 1);
+      for_each_document(i % blocks_, [&](const Document& d) {
+        load_signal(u_, d, 0, line, rows, C_ - 1);
         for (int64_t g = 0; g < line.groups; ++g) ops_.convolve(*plan_, at(spectra, g), C_, at(rows, g));
-        for (int64_t c = 0; c < C_; ++c) store(rows, c, line, n_.signal, signal_view<T>(y, b, c, line.h));
+        for (int64_t c = 0; c < C_; ++c)
+          store(rows, c, line, d.length(), signal_view<T>(y, d.row, c, line.h, d.begin));
       });
     });
   }
@@ -96,10 +122,10 @@ class Convolution {
   // grad_u or all of grads may be undefined.
   void backward(const at::Tensor& grad_y, const at::Tensor& grad_u, const Kernels& grads) const {
     const bool kernels = grads.k.defined() || grads.skip.defined() || grads.k_reverse.defined();
-    std::vector<at::Tensor> sums(lines_ * blocks_);  // of a task's rows; a line's are added in order
+    std::vector<at::Tensor> sums(lines_ * blocks_);  // of a task's documents; a line's are added in order
     parallel_for_each(lines_ * blocks_, [&](int64_t i) {
       const Line line = this->line(i / blocks_);
-      sums[i] = backward_rows(line, i % blocks_, grad_y, grad_u, kernels);
+      sums[i] = backward_documents(line, i % blocks_, grad_y, grad_u, kernels);
       if (blocks_ == 1 && kernels) kernel_gradients(line, std::exchange(sums[i], at::Tensor()), grads);
     });
     if (blocks_ == 1 || !kernels) return;
@@ -122,9 +148,9 @@ class Convolution {
   }
 
   template <class Body>
-  void for_each_row(int64_t block, const Body& body) const {
-    const int64_t size = (B_ + blocks_ - 1) / blocks_;
-    for (int64_t b = block * size; b < std::min((block + 1) * size, B_); ++b) body(b);
+  void for_each_document(int64_t block, const Body& body) const {
+    const int64_t count = documents_.size(), size = (count + blocks_ - 1) / blocks_;
+    for (int64_t i = block * size; i < std::min((block + 1) * size, count); ++i) body(documents_[i]);
   }
 
   at::Tensor empty_rows(const Line& line, int64_t count) const {
@@ -139,9 +165,12 @@ class Convolution {
     return scratch.data_ptr<T>() + group * scratch.stride(0) + c * scratch.stride(1);
   }
 
-  void load_signal(SignalView<const T> signal, const Line& line, const at::Tensor& rows, int64_t c) const {
+  // Of t (B, C, H, L), into rows[:, to].
+  void load_signal(const at::Tensor& t, const Document& d, int64_t c, const Line& line,
+                   const at::Tensor& rows, int64_t to) const {
     const int64_t padded = (*plan_).short_signals ? (*plan_).points : n_.transform;
-    ops_.load(signal, line.channels, n_.signal, padded, at(rows, 0, c), rows.stride(0));
+    ops_.load(input_view<T>(t, d.row, c, line.h, d.begin), line.channels, d.length(), padded, at(rows, 0, to),
+              rows.stride(0));
   }
 
   void store(const at::Tensor& rows, int64_t c, const Line& line, int64_t tokens,
@@ -182,22 +211,21 @@ class Convolution {
     return spectra;
   }
 
-  // Writes the gradient of u in one block of the batch; returns that of the spectra summed over it.
-  at::Tensor backward_rows(const Line& line, int64_t block, const at::Tensor& grad_y,
-                           const at::Tensor& grad_u, bool kernels) const {
+  // Writes the gradient of u in one block of the documents; returns that of the spectra summed over it.
+  at::Tensor backward_documents(const Line& line, int64_t block, const at::Tensor& grad_y,
+                                const at::Tensor& grad_u, bool kernels) const {
     const auto rows = empty_rows(line, 1 + C_);
     const auto spectra = grad_u.defined() ? this->spectra(line, rows) : at::Tensor();
     const auto sums = kernels ? empty_spectra(line).zero_() : at::Tensor();
     auto at_group = [](const at::Tensor& t, int64_t g) { return t.defined() ? at(t, g) : nullptr; };
-    for_each_row(block, [&](int64_t b) {
-      if (kernels) load_signal(input_view<T>(u_, b, 0, line.h), line, rows, 0);
-      for (int64_t c = 0; c < C_; ++c) {
-        load_signal(input_view<T>(grad_y, b, c, line.h), line, rows, 1 + c);
-      }
+    for_each_document(block, [&](const Document& d) {
+      if (kernels) load_signal(u_, d, 0, line, rows, 0);
+      for (int64_t c = 0; c < C_; ++c) load_signal(grad_y, d, c, line, rows, 1 + c);
       for (int64_t g = 0; g < line.groups; ++g) {
         ops_.backward(*plan_, at_group(spectra, g), C_, at(rows, g), at_group(sums, g));
       }
-      if (grad_u.defined()) store(rows, 0, line, n_.signal, signal_view<T>(grad_u, b, 0, line.h));
+      if (grad_u.defined())
+        store(rows, 0, line, d.length(), signal_view<T>(grad_u, d.row, 0, line.h, d.begin));
     });
     return sums;
   }
@@ -224,27 +252,48 @@ class Convolution {
   const LongConvTransform<T>& ops_ = long_conv_transform<T>();
   const at::Tensor u_;  // (B, 1, H, L)
   const Kernels kernels_;
+  const std::vector<Document> documents_;
   const Lengths n_;
-  const int64_t B_, C_, H_, lanes_ = ops_.lanes;
+  const int64_t C_, H_, lanes_ = ops_.lanes;
   Plan<T> plan_;
   int64_t line_, lines_, blocks_;
 };
 
+// Calls body(documents, lengths) for the documents of each length of transform; the lengths are the longest
+// one's.
+template <class Body>
+void for_each_length(const at::Tensor& u, const at::Tensor& k, const OptionalTensor& k_reverse,
+                     const OptionalTensor& segment_ids, const Body& body) {
+  std::map<int64_t, std::vector<Document>> groups;
+  for (const auto& row : documents(u.size(0), u.size(2), segment_ids)) {
+    for (const Document& document : row)
+      groups[Lengths(document.length(), k, k_reverse).transform].push_back(document);
+  }
+  for (auto& [transform, group] : groups) {
+    int64_t longest = 0;
+    for (const Document& document : group) longest = std::max(longest, document.length());
+    body(std::move(group), Lengths(longest, k, k_reverse));
+  }
+}
+
 at::Tensor long_conv(const at::Tensor& u, const at::Tensor& k, const OptionalTensor& skip,
-                     const OptionalTensor& k_reverse) {
-  long_conv_shapes::check(u, k, skip, k_reverse);
+                     const OptionalTensor& k_reverse, const OptionalTensor& segment_ids) {
+  long_conv_shapes::check(u, k, skip, k_reverse, segment_ids);
   const auto y = long_conv_shapes::empty_output(u, k);
   if (y.numel() == 0) return y;
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "long_conv", [&] {
-    Convolution<scalar_t>(u, k, skip, k_reverse).forward(k.dim() == 2 ? y.unsqueeze(1) : y);
+    for_each_length(u, k, k_reverse, segment_ids, [&](std::vector<Document> group, const Lengths& lengths) {
+      Convolution<scalar_t>(u, k, skip, k_reverse, std::move(group), lengths)
+          .forward(k.dim() == 2 ? y.unsqueeze(1) : y);
+    });
   });
   return y;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> long_conv_backward(
     const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& k, const OptionalTensor& skip,
-    const OptionalTensor& k_reverse, std::array<bool, 4> output_mask) {
-  long_conv_shapes::check_backward(grad_y, u, k, skip, k_reverse, output_mask);
+    const OptionalTensor& k_reverse, const OptionalTensor& segment_ids, std::array<bool, 4> output_mask) {
+  long_conv_shapes::check_backward(grad_y, u, k, skip, k_reverse, segment_ids, output_mask);
   const auto grad_u = output_mask[0] ? empty_signal(u) : at::Tensor();
   const auto grad_k = empty_gradient(output_mask[1], k), grad_skip = empty_gradient(output_mask[2], skip),
              grad_k_reverse = empty_gradient(output_mask[3], k_reverse);
@@ -255,10 +304,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> long_conv_backward(
     if (output_mask[0]) grad_u.zero_();
     return {grad_u, grad_k, grad_skip, grad_k_reverse};
   }
+  const Kernels grads(grad_k, grad_skip, grad_k_reverse, k);
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "long_conv_backward", [&] {
-    Convolution<scalar_t>(u, k, skip, k_reverse)
-        .backward(k.dim() == 2 ? grad_y.unsqueeze(1) : grad_y, output_mask[0] ? grad_u.unsqueeze(1) : grad_u,
-                  Kernels(grad_k, grad_skip, grad_k_reverse, k));
+    for_each_length(u, k, k_reverse, segment_ids, [&](std::vector<Document> group, const Lengths& lengths) {
+      const Kernels part = is_given(segment_ids) ? grads.empty_like(lengths) : grads;
+      Convolution<scalar_t>(u, k, skip, k_reverse, std::move(group), lengths)
+          .backward(k.dim() == 2 ? grad_y.unsqueeze(1) : grad_y,
+                    output_mask[0] ? grad_u.unsqueeze(1) : grad_u, part);
+      if (is_given(segment_ids)) grads.add(part);
+    });
   });
   return {grad_u, grad_k, grad_skip, grad_k_reverse};
 }

@@ -3,6 +3,7 @@
 
 #include <spade_ext/core/autograd.h>
 #include <spade_ext/core/checks.h>
+#include <spade_ext/core/documents.h>
 #include <spade_ext/core/layout.h>
 
 namespace spade_ext::long_conv_shapes {
@@ -21,7 +22,7 @@ inline void check_kernel(const char* name, const at::Tensor& t, const at::Tensor
 }
 
 inline void check(const at::Tensor& u, const at::Tensor& k, const OptionalTensor& skip,
-                  const OptionalTensor& k_reverse) {
+                  const OptionalTensor& k_reverse, const OptionalTensor& segment_ids) {
   check_dim("long_conv", "u", u, 3, "(B, H, L)");
   check_float32_or_float64("long_conv", "u", u);
   TORCH_CHECK_VALUE(k.dim() == 2 || k.dim() == 3, "long_conv: k has shape ", shape_text(k),
@@ -35,12 +36,13 @@ inline void check(const at::Tensor& u, const at::Tensor& k, const OptionalTensor
     check_size("long_conv", "skip", *skip, -1, u.sym_size(1), letters);
     if (k.dim() == 3) check_size("long_conv", "skip", *skip, 0, k.sym_size(0), letters);
   }
+  check_segment_ids("long_conv", segment_ids, u);
 }
 
 inline void check_backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& k,
                            const OptionalTensor& skip, const OptionalTensor& k_reverse,
-                           std::array<bool, 4> output_mask) {
-  check(u, k, skip, k_reverse);
+                           const OptionalTensor& segment_ids, std::array<bool, 4> output_mask) {
+  check(u, k, skip, k_reverse, segment_ids);
   const bool channels = k.dim() == 3;
   const char* letters = channels ? "(B, C, H, L)" : "(B, H, L)";
   check_dim("long_conv", "grad_y", grad_y, channels ? 4 : 3, letters);

@@ -53,7 +53,7 @@ def leaf(view: Tensor) -> Tensor:
 
 
 def long_conv_sample(
-    name: str, B=2, C=2, H=3, L=8, Lk=None, Lr=None, *, skip=True, u=None, k=None, channels=True
+    name: str, B=2, C=2, H=3, L=8, Lk=None, Lr=None, *, skip=True, u=None, k=None, channels=True, segment_ids=None
 ) -> Sample:
     """Lk is L unless given; Lr None is a causal convolution; without `channels` the kernels have no C."""
     lead = (C, H) if channels else (H,)
@@ -64,6 +64,7 @@ def long_conv_sample(
             randn(*lead, L if Lk is None else Lk) if k is None else k,
             randn(*lead) if skip else None,
             None if Lr is None else randn(*lead, Lr),
+            segment_ids,
         ),
     )
 
@@ -93,6 +94,25 @@ def long_conv_samples() -> list[Sample]:
         long_conv_sample("no_channels", H=0, Lr=8),
         long_conv_sample("no_outputs", C=0, Lr=8),
         long_conv_sample("length_0", L=0, Lr=2, Lk=2),
+        long_conv_sample("segments", L=9, Lr=9, segment_ids=segments((4, 3, 2), (1, 8))),
+        long_conv_sample("segments_causal", L=70, H=9, segment_ids=segments((64, 1, 5), (70,))),
+        long_conv_sample("segments_short_kernels", L=70, Lk=5, Lr=3, segment_ids=segments((33, 33, 4), (2, 68))),
+        long_conv_sample("segments_long_kernels", L=9, Lk=20, Lr=11, segment_ids=segments((9,), (4, 5))),
+        long_conv_sample("segments_of_a_token", L=5, Lr=5, segment_ids=torch.arange(5).repeat(2, 1)),
+        long_conv_sample(
+            "segments_whose_ids_come_again", L=9, segment_ids=torch.tensor([[5, 5, -1, -1, -1, 5, 5, 5, 0], [7] * 9])
+        ),
+        long_conv_sample(
+            "segments_transposed",
+            H=41,
+            L=70,
+            Lr=70,
+            channels=False,
+            u=leaf(randn(2, 70, 41).mT),
+            segment_ids=segments((30, 31, 9), (70,)).to(torch.uint8),
+        ),
+        long_conv_sample("segments_empty_batch", B=0, segment_ids=torch.ones(0, 8).long()),
+        long_conv_sample("segments_length_0", L=0, Lr=0, segment_ids=torch.ones(2, 0).long()),
         long_conv_sample("transposed", L=33, H=9, Lr=33, u=leaf(randn(2, 33, 9).mT)),
         long_conv_sample("transposed_many_channels", B=3, H=41, L=66, u=leaf(randn(3, 66, 41).mT)),
         long_conv_sample("transposed_without_channels", L=33, channels=False, u=leaf(randn(2, 33, 3).mT)),
@@ -186,6 +206,7 @@ def diagonal_scan_sample(
     real=False,
     with_state=True,
     bidirectional=False,
+    segment_ids=None,
     grad=True,
     **given,
 ) -> Sample:
@@ -195,7 +216,8 @@ def diagonal_scan_sample(
     pair = () if real else (2,)
     values = {"u": randn(B, H, L), "w": w, "b": randn(S, N, *pair), "c": c, "log_dt": None if disc is None else log_dt}
     values |= {"state": randn(B, systems, N, *pair) if with_state else None, "skip": None} | given
-    sample = Sample(name, tuple(values.values()), {"disc": disc, "bidirectional": bidirectional})
+    options = {"disc": disc, "bidirectional": bidirectional, "segment_ids": segment_ids}
+    sample = Sample(name, tuple(values.values()), options)
     return sample if grad else sample.map(Tensor.detach)
 
 
@@ -241,6 +263,24 @@ def diagonal_scan_samples() -> list[Sample]:
         ),
         diagonal_scan_sample("bidirectional_without_state", 5, with_state=False, bidirectional=True),
         diagonal_scan_sample("bidirectional_length_0", 0, bidirectional=True, skip=randn(2, 4)),
+        diagonal_scan_sample("segments", 9, segment_ids=segments((4, 3, 2), (1, 8))),
+        diagonal_scan_sample("segments_of_blocks", 70, disc=None, segment_ids=segments((16, 32, 17, 5), (70,))),
+        diagonal_scan_sample(
+            "segments_two_sided", 300, H=18, N=3, bidirectional=True, segment_ids=segments((130, 150, 20), (1, 299))
+        ),
+        diagonal_scan_sample(
+            "segments_whose_ids_come_again",
+            9,
+            real=True,
+            skip=randn(2, 4),
+            with_state=False,
+            segment_ids=torch.tensor([[5, 5, -1, -1, -1, 5, 5, 5, 0], [7] * 9], dtype=torch.int32),
+        ),
+        diagonal_scan_sample(
+            "segments_transposed", 40, u=leaf(randn(2, 40, 4).mT), segment_ids=segments((16, 24), (39, 1))
+        ),
+        diagonal_scan_sample("segments_empty_batch", B=0, segment_ids=torch.ones(0, 8).long()),
+        diagonal_scan_sample("segments_length_0", 0, bidirectional=True, segment_ids=torch.ones(2, 0).long()),
         diagonal_scan_sample("length_1000", 1000, B=1, N=8),
         diagonal_scan_sample("a_copy_a_channel", H=6, S=6),
         diagonal_scan_sample("no_states", N=0),

@@ -32,6 +32,7 @@ from .sample_inputs import (
     diagonal_step_samples,
     leaf,
     randn,
+    segments,
 )
 
 SAMPLES = diagonal_scan_samples()
@@ -91,9 +92,13 @@ def test_step_matches_reference(sample, dtype):
     with_skip=st.booleans(),
     transposed=st.booleans(),
     bidirectional=st.booleans(),
+    documents=st.integers(1, 9),
 )
-def test_scan_matches_reference_on_random_shapes(L, B, C, N, S, channels_a_copy, with_skip, transposed, **options):
+def test_scan_matches_reference_on_random_shapes(
+    L, B, C, N, S, channels_a_copy, with_skip, transposed, documents, **options
+):
     H = channels_a_copy * S
+    options["segment_ids"] = None if documents == 1 else torch.randint(documents, (B, L)).sort(1).values
     u = leaf(randn(B, L, H).mT) if transposed else randn(B, H, L)
     sample = diagonal_scan_sample("", L, B, C, H, N, S, u=u, skip=randn(C, H) if with_skip else None, **options)
     check_against_reference(diagonal_scan, diagonal_scan_ref, sample, torch.float64)
@@ -120,13 +125,14 @@ def test_scan_from_zeros_is_the_convolution(disc, real):
     def scan(*args, **options):
         return diagonal_scan(*args, **options)[0]
 
-    def convolution(u, w, b, c, log_dt, state, skip, disc, bidirectional):
+    def convolution(u, w, b, c, log_dt, state, skip, disc, bidirectional, segment_ids):
         b = b.repeat(c.size(1) // b.size(0), *(1,) * (b.dim() - 1))
         product = b * c if real else torch.view_as_real(torch.view_as_complex(b) * torch.view_as_complex(c))
-        return long_conv(u, diagonal_kernel(w, product, log_dt, u.size(-1), disc=disc))
+        return long_conv(u, diagonal_kernel(w, product, log_dt, u.size(-1), disc=disc), segment_ids=segment_ids)
 
-    sample = diagonal_scan_sample("", 200, disc=disc, real=real, with_state=False)
-    check_against_reference(scan, convolution, sample, torch.float64)
+    for segment_ids in (None, segments((150, 50), (3, 197))):
+        sample = diagonal_scan_sample("", 200, disc=disc, real=real, with_state=False, segment_ids=segment_ids)
+        check_against_reference(scan, convolution, sample, torch.float64)
 
 
 @pytest.mark.parametrize(("disc", "real"), KINDS)
@@ -143,7 +149,7 @@ def test_scan_is_steps(disc, real):
 def test_pieces_are_the_whole(disc, real, cuts):
     """Outputs, final state and all gradients."""
 
-    def in_pieces(u, w, b, c, log_dt, state, skip, disc, bidirectional):
+    def in_pieces(u, w, b, c, log_dt, state, skip, disc, bidirectional, segment_ids):
         outputs = []
         for piece in u.tensor_split(cuts, -1):
             y, state = diagonal_scan(piece, w, b, c, log_dt, state, skip, disc=disc)
@@ -194,6 +200,7 @@ def test_opcheck_step(sample):
         ("transposed", [True] + [False] * 6),
         ("skip", [False] * 6 + [True]),
         ("bidirectional_real", [True] * 4 + [False] + [True] * 2),
+        ("segments", [True] * 6 + [False]),
     ],
 )
 def test_opcheck_backward(name, output_mask):
@@ -206,7 +213,7 @@ def test_opcheck_backward(name, output_mask):
     "name",
     [
         *("zoh", "bilinear", "none", "real_zoh", "real_bilinear", "real_none", "without_state", "transposed", "skip"),
-        *("length_16", "bidirectional", "bidirectional_without_state"),
+        *("length_16", "bidirectional", "bidirectional_without_state", "segments"),
     ],
 )
 def test_gradcheck(name):
@@ -221,15 +228,19 @@ def test_second_derivative_is_refused():
     ("backend", "options"),
     [
         ("aot_eager", {"disc": "bilinear", "with_state": False}),
-        ("aot_eager", {"disc": None, "real": True}),
+        ("aot_eager", {"disc": None, "real": True, "packed": True}),
         ("inductor", {}),
     ],
 )
 @pytest.mark.parametrize("transposed", [False, True])
 def test_one_graph_serves_all_lengths(backend, options, transposed):
+    packed = options.get("packed", False)
+    options = {name: value for name, value in options.items() if name != "packed"}
+
     def sample(L):
         u = leaf(randn(2, L, 4).mT) if transposed else randn(2, 4, L)
-        return diagonal_scan_sample("", L, u=u, **options)
+        ids = torch.arange(L).repeat(2, 1) // (L // 2) if packed else None
+        return diagonal_scan_sample("", L, u=u, segment_ids=ids, **options)
 
     check_compiles_once(diagonal_scan, [sample(L) for L in (7, 17, 64, 129)], backend)
 
@@ -297,6 +308,7 @@ def test_step_refuses_gradients(index, name):
         {"C": 3, "H": 2, "S": 1},
         {"H": 36, "S": 4},
         {"B": 5, "H": 18, "S": 2, "bidirectional": True},
+        {"H": 18, "S": 2, "segment_ids": segments((130, 300, 70), (1, 499))},
     ],
     ids=str,
 )
@@ -447,6 +459,12 @@ SCAN_ERRORS = [
     (ValueError, {"skip": randn(2, 4)}, r"skip has shape \[2, 4\], expected 3 in dimension 0 of \(C, H\)"),
     (ValueError, {"skip": randn(3, 5)}, r"skip has shape \[3, 5\], expected 4 in dimension 1 of \(C, H\)"),
     (TypeError, {"skip": randn(3, 4).float()}, r"skip is Float, expected Double, the dtype of w"),
+    (TypeError, {"segment_ids": torch.ones(2, 8)}, r"segment_ids is Float, expected integers"),
+    (
+        ValueError,
+        {"segment_ids": torch.ones(2, 9).long()},
+        r"segment_ids has shape \[2, 9\], expected 8 in dimension 1",
+    ),
     (ValueError, {"bidirectional": True}, r"c has 4 channels, expected 8, two for each of u, as bidirectional is True"),
 ]
 STEP_ERRORS = [

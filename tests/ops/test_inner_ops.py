@@ -10,7 +10,7 @@ OPS = torch.ops.spade_ext
 
 def long_conv_backward(device, grad_shape=(2, 3, 5), output_mask=(True, True, False, False)):
     u, k = torch.ones(2, 3, 5, device=device), torch.ones(3, 5, device=device)
-    return OPS.long_conv_backward(torch.ones(grad_shape, device=device), u, k, None, None, output_mask)
+    return OPS.long_conv_backward(torch.ones(grad_shape, device=device), u, k, None, None, None, output_mask)
 
 
 def diagonal_kernel_backward(device, grad_shape=(1, 3, 5), output_mask=(True, True, False)):
@@ -23,7 +23,7 @@ def diagonal_scan_backward(
 ):
     u, w, c = (torch.ones(shape, device=device) for shape in ((2, 3, 5), (1, 2), (1, 3, 2)))
     grad_y, grad_state = torch.ones(grad_shape, device=device), torch.ones(state_shape, device=device)
-    return OPS.diagonal_scan_backward(grad_y, grad_state, u, w, w, c, None, None, None, None, False, output_mask)
+    return OPS.diagonal_scan_backward(grad_y, grad_state, u, w, w, c, None, None, None, None, False, None, output_mask)
 
 
 def local_attention_backward(

@@ -19,7 +19,7 @@ from .checks import (
     relative_errors,
     run,
 )
-from .sample_inputs import Sample, constant, leaf, long_conv_sample, long_conv_samples, randn
+from .sample_inputs import Sample, constant, leaf, long_conv_sample, long_conv_samples, randn, segments
 
 SAMPLES = long_conv_samples()
 BY_NAME = {sample.name: sample for sample in SAMPLES}
@@ -44,14 +44,17 @@ def test_matches_reference(sample, dtype):
     skip=st.booleans(),
     channels=st.booleans(),
     transposed=st.booleans(),
+    documents=st.integers(1, 9),
 )
-def test_matches_reference_on_random_shapes(B, C, H, L, transposed, **options):
+def test_matches_reference_on_random_shapes(B, C, H, L, transposed, documents, **options):
     u = leaf(randn(B, L, H).mT) if transposed else randn(B, H, L)
-    check_against_reference(long_conv, long_conv_ref, long_conv_sample("", B, C, H, L, u=u, **options), torch.float64)
+    ids = None if documents == 1 else torch.randint(documents, (B, L)).sort(1).values
+    sample = long_conv_sample("", B, C, H, L, u=u, segment_ids=ids, **options)
+    check_against_reference(long_conv, long_conv_ref, sample, torch.float64)
 
 
 def test_long_sequence_matches_numpy():
-    u, k, skip, k_reverse = long_conv_sample("", B=1, C=1, H=1, L=4096, Lr=4096).map(torch.Tensor.detach).args
+    u, k, skip, k_reverse, _ = long_conv_sample("", B=1, C=1, H=1, L=4096, Lr=4096).map(torch.Tensor.detach).args
     signal, kernel, reverse = (t.flatten().numpy() for t in (u, k, k_reverse))
     causal = np.convolve(signal, kernel)[:4096]
     ahead = np.convolve(signal[::-1], np.concatenate(([0], reverse)))[:4096][::-1]
@@ -71,6 +74,7 @@ def test_opcheck(sample):
         ("two_sided", [False, True, False, True]),
         ("transposed", [True, False, False, False]),
         ("plain", [True, True, False, False]),
+        ("segments", [True, True, True, True]),
     ],
 )
 def test_opcheck_backward(name, output_mask):
@@ -78,7 +82,9 @@ def test_opcheck_backward(name, output_mask):
     check_opcheck(BACKWARD, (torch.randn_like(long_conv(*args)), *args, output_mask))
 
 
-@pytest.mark.parametrize("name", ["two_sided", "without_channels", "short_kernels", "transposed_without_channels"])
+@pytest.mark.parametrize(
+    "name", ["two_sided", "without_channels", "short_kernels", "transposed_without_channels", "segments"]
+)
 def test_gradcheck(name):
     check_gradients(long_conv, BY_NAME[name])
 
@@ -87,11 +93,15 @@ def test_second_derivative_is_refused():
     check_refuses_second_derivative(long_conv, BY_NAME["two_sided"], "long_conv")
 
 
-@pytest.mark.parametrize(("backend", "transposed"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
-def test_one_graph_serves_all_lengths(backend, transposed):
+@pytest.mark.parametrize(
+    ("backend", "transposed", "packed"),
+    [("aot_eager", False, False), ("aot_eager", True, True), ("inductor", False, True)],
+)
+def test_one_graph_serves_all_lengths(backend, transposed, packed):
     def sample(L):
         u = leaf(randn(2, L, 3).mT) if transposed else randn(2, 3, L)
-        return long_conv_sample("", L=L, Lr=L, u=u)
+        ids = torch.arange(L).repeat(2, 1) // (L // 2) if packed else None
+        return long_conv_sample("", L=L, Lr=L, u=u, segment_ids=ids)
 
     check_compiles_once(long_conv, [sample(L) for L in (5, 17, 64, 129)], backend)
 
@@ -102,6 +112,15 @@ def test_one_graph_serves_all_lengths(backend, transposed):
 )
 def test_same_bits_for_any_number_of_threads(shape, dtype, set_threads):
     check_same_bits(long_conv, long_conv_sample("", **shape, Lr=shape["L"]).to(dtype), set_threads)
+
+
+@pytest.mark.parametrize("C", [1, 2])
+def test_packed_documents_are_those_alone(C):
+    lengths = (129, 1, 64, 63, 100, 129)
+    u, *kernels, _ = long_conv_sample("", B=1, C=C, H=37, L=sum(lengths), Lr=129).to(torch.float32).args
+    packed = long_conv(u, *kernels, segments(lengths))
+    for document, y in zip(u.split(lengths, -1), packed.split(lengths, -1), strict=True):
+        torch.testing.assert_close(y, long_conv(document, *kernels), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("L", [1, 2, 3, 5, 63, 64, 129, 1024, 1100, 1500, 4096, 16384])  # 2^a, 3 2^a and 5 2^a
@@ -173,6 +192,13 @@ ERRORS = [
     (ValueError, {"k_reverse": randn(1, 3, 5)}, r"k_reverse has shape \[1, 3, 5\], expected 4 in dimension 0 of"),
     (TypeError, {"u": randn(2, 3, 8).half()}, r"u is Half, expected float32 or float64"),
     (TypeError, {"k": randn(4, 3, 8).float()}, r"k is Float, expected Double, the dtype of u"),
+    (TypeError, {"segment_ids": torch.ones(2, 8)}, r"segment_ids is Float, expected integers"),
+    (ValueError, {"segment_ids": torch.ones(8).long()}, r"segment_ids has shape \[8\], expected \(B, L\)"),
+    (
+        ValueError,
+        {"segment_ids": torch.ones(2, 7).long()},
+        r"segment_ids has shape \[2, 7\], expected 8 in",
+    ),
 ]
 
 
@@ -183,7 +209,8 @@ def test_errors(error, change, message, device):
         long_conv(**{name: t.to(device) for name, t in arguments(**change).items()})
 
 
-@pytest.mark.parametrize("name", ["k", "skip", "k_reverse"])
+@pytest.mark.parametrize("name", ["k", "skip", "k_reverse", "segment_ids"])
 def test_another_device_is_refused(name):
+    given = arguments(segment_ids=torch.ones(2, 8).long())
     with pytest.raises(ValueError, match=f"^long_conv: {name} is on meta, expected cpu, the device of u"):
-        long_conv(**arguments(**{name: arguments()[name].to("meta")}))
+        long_conv(**given | {name: given[name].to("meta")})

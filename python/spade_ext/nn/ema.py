@@ -77,22 +77,21 @@ class EMA(StateSpaceLayer):
 
         return self.reuse(("kernel", length), kernel)
 
-    def convolve(self, u: Tensor, kernel: Tensor) -> Tensor:
+    def convolve(self, u: Tensor, kernel: Tensor, segment_ids: Tensor | None) -> Tensor:
         if not self.bidirectional:
-            return long_conv(u.mT, kernel, self.omega).mT
+            return long_conv(u.mT, kernel, self.omega, segment_ids=segment_ids).mT
         forward, reverse = kernel.chunk(2)
         skip = self.omega + reverse[:, :1].sum(-1)  # the sum: lag 0, none at length 0
-        return long_conv(u.mT, forward, skip, reverse[:, 1:]).mT
+        return long_conv(u.mT, forward, skip, reverse[:, 1:], segment_ids).mT
 
     @property
     def can_scan(self) -> bool:
         return self.truncation is None
 
-    def advance(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def advance(self, u: Tensor, state: Tensor | None, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_q, b, c = self.coefficients()
-        y, state = diagonal_scan(
-            u.mT, log_q, b, c, None, state, self.omega[None], disc=None, bidirectional=self.bidirectional
-        )
+        options = {"bidirectional": self.bidirectional, "segment_ids": segment_ids}
+        y, state = diagonal_scan(u.mT, log_q, b, c, None, state, self.omega[None], disc=None, **options)
         return y.squeeze(1).mT, state
 
     def activate(self, y: Tensor, x: Tensor, u: Tensor) -> Tensor:

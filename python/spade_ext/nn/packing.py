@@ -17,6 +17,7 @@ class Documents:
 
     Attributes:
         row: (documents,), the row that each stands in.
+        begin: (documents,), the position of its first token in the flattened batch.
         lengths: (documents,), in tokens.
     """
 
@@ -25,40 +26,32 @@ class Documents:
         changes = torch.ones_like(segment_ids, dtype=torch.bool)
         changes[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
         runs = changes.flatten().cumsum(0) - 1
-        self.tokens = torch.arange(runs.numel(), device=runs.device)  # flat positions, (T,)
+        tokens = torch.arange(runs.numel(), device=runs.device)  # flat positions
         if mask is not None:
-            real, last = self.tokens[mask.flatten()], runs.numel() - 1
+            real, last = tokens[mask.flatten()], runs.numel() - 1
             begins = torch.full_like(runs, last + 1).scatter_reduce(0, runs[real], real, "amin")
             ends = torch.full_like(runs, -1).scatter_reduce(0, runs[real], real, "amax")
-            self.tokens = self.tokens[(self.tokens >= begins[runs]) & (self.tokens <= ends[runs])]
-        _, self.document, self.lengths = runs[self.tokens].unique_consecutive(return_inverse=True, return_counts=True)
-        first = self.lengths.cumsum(0) - self.lengths  # (documents,)
-        self.position = torch.arange(len(self.tokens), device=runs.device) - first[self.document]
-        self.row = self.tokens[first] // max(self.shape[1], 1)
+            tokens = tokens[(tokens >= begins[runs]) & (tokens <= ends[runs])]
+        _, self.lengths = runs[tokens].unique_consecutive(return_counts=True)
+        self.begin = tokens[self.lengths.cumsum(0) - self.lengths]
+        self.row = self.begin // max(self.shape[1], 1)
 
-    def groups(self, *, equal: bool) -> list[Tensor]:
-        """Indices of documents of equal lengths; or of lengths that differ by less than a factor of two."""
-        keys = self.lengths if equal else self.lengths.double().log2().ceil()
-        return [(keys == key).nonzero().squeeze(1) for key in keys.unique()]
+    def groups(self) -> list[Tensor]:
+        """Indices of documents of equal lengths."""
+        return [(self.lengths == length).nonzero().squeeze(1) for length in self.lengths.unique()]
 
     def gather(self, x: Tensor, documents: Tensor) -> Tensor:
-        """Of x (B, L, D) these documents, (documents, longest, D), followed by zeros."""
-        rank, position, tokens = self._places(documents)
-        out = x.new_zeros(len(documents), int(self.lengths[documents].max()), x.size(-1))
-        return out.index_put((rank, position), x.flatten(0, 1)[tokens])
+        """Of x (B, L, D) these documents, of one length: (documents, length, D)."""
+        return x.flatten(0, 1)[self._tokens(documents)]
 
     def scatter(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """(B, L, E) from documents and their outputs (documents, longest, E); 0 elsewhere."""
-        places = [self._places(documents) for documents, _ in parts]
-        values = [y[rank, position] for (_, y), (rank, position, _) in zip(parts, places, strict=True)]
-        out = values[0].new_zeros(self.shape.numel(), values[0].size(-1))
-        tokens = torch.cat([tokens for _, _, tokens in places])
-        return out.index_put((tokens,), torch.cat(values)).unflatten(0, self.shape)
+        """(B, L, E) from documents and their outputs (documents, length, E); 0 elsewhere."""
+        tokens = torch.cat([self._tokens(documents).flatten() for documents, _ in parts])
+        values = torch.cat([y.flatten(0, 1) for _, y in parts])
+        out = values.new_zeros(self.shape.numel(), values.size(-1))
+        return out.index_put((tokens,), values).unflatten(0, self.shape)
 
-    def _places(self, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the tokens of these documents: which of them, the position in it, and in the batch."""
-        rank = torch.full_like(self.lengths, -1)
-        rank[documents] = torch.arange(len(documents), device=rank.device)
-        of_token = rank[self.document]
-        chosen = of_token >= 0
-        return of_token[chosen], self.position[chosen], self.tokens[chosen]
+    def _tokens(self, documents: Tensor) -> Tensor:
+        """(documents, length), the flat positions of their tokens."""
+        length = int(self.lengths[documents[0]])
+        return self.begin[documents][:, None] + torch.arange(length, device=documents.device)

@@ -171,19 +171,23 @@ class S4(StateSpaceLayer):
 
         return self.reuse(("kernel", length, rate), kernel)
 
-    def convolve(self, u: Tensor, kernel: Tensor) -> Tensor:
+    def convolve(self, u: Tensor, kernel: Tensor, segment_ids: Tensor | None) -> Tensor:
         forward, reverse = kernel.chunk(2) if self.bidirectional else (kernel, None)
-        return join_channels(long_conv(u.mT, forward, self.D, reverse))
+        return join_channels(long_conv(u.mT, forward, self.D, reverse, segment_ids))
 
     @property
     def can_scan(self) -> bool:
         # A scan's reverse direction sees the token itself, this layer's does not.
         return self.kernel == "s4d" and self.disc != "dss" and not self.bidirectional
 
-    def advance(self, u: Tensor, state: Tensor | None, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+    def advance(
+        self, u: Tensor, state: Tensor | None, segment_ids: Tensor | None = None, rate: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         log_dt = self._log_dt(rate)
         if self.kernel == "s4d":
-            y, state = diagonal_scan(u.mT, self.w, self.B, self.C, log_dt, state, self.D, disc=self.disc)
+            y, state = diagonal_scan(
+                u.mT, self.w, self.B, self.C, log_dt, state, self.D, disc=self.disc, segment_ids=segment_ids
+            )
             return join_channels(y), state
         if state is None:
             y = long_conv(u.mT, self.convolution_kernel(u.size(1), rate), self.D)

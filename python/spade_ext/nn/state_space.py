@@ -57,12 +57,17 @@ class StateSpaceLayer(nn.Module, ABC):
         """The kernels of all channels, `length` taps of them."""
 
     @abstractmethod
-    def convolve(self, u: Tensor, kernel: Tensor) -> Tensor:
+    def convolve(self, u: Tensor, kernel: Tensor, segment_ids: Tensor | None) -> Tensor:
         """(B, L, D) to (B, L, E) from zero states, by a kernel of L taps or more."""
 
     @abstractmethod
-    def advance(self, u: Tensor, state: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-        """What `convolve` does, from `state`, None for zeros; also the state after the last token."""
+    def advance(
+        self, u: Tensor, state: Tensor | None, segment_ids: Tensor | None = None, **options
+    ) -> tuple[Tensor, Tensor]:
+        """What `convolve` does, from `state`, None for zeros; also the state after the last token.
+
+        With segment_ids state is None.
+        """
 
     @abstractmethod
     def advance_token(self, u: Tensor, state: Tensor) -> Tensor:
@@ -117,26 +122,24 @@ class StateSpaceLayer(nn.Module, ABC):
             self.check_state(state, x.size(0))
             y, state = self._advance(u, mask, segment_ids, state, options)
             return self.activate(y, wide, u).to(x.dtype), state
-        if segment_ids is None and (mask is None or self.kernel_grows):
-            y = self._convolve_row(u, options)
+        if self.kernel_grows or (segment_ids is None and mask is None):
+            y = self._convolve(u, segment_ids, options)
         else:
             y = self._convolve_documents(u, Documents(ids_or_rows(segment_ids, mask), mask), options)
         return self.activate(y, wide, u).to(x.dtype)
 
-    def _convolve_row(self, u: Tensor, options: dict[str, Any], kernel: Tensor | None = None) -> Tensor:
+    def _convolve(self, u: Tensor, segment_ids: Tensor | None, options: dict[str, Any]) -> Tensor:
         if self.scans:
-            return self.advance(u, None, **options)[0]
-        return self.convolve(u, self.convolution_kernel(u.size(1), **options) if kernel is None else kernel)
+            return self.advance(u, None, segment_ids, **options)[0]
+        return self.convolve(u, self.convolution_kernel(u.size(1), **options), segment_ids)
 
     def _convolve_documents(self, u: Tensor, documents: Documents, options: dict[str, Any]) -> Tensor:
+        """Each by the kernel of its own length."""
         if not len(documents.lengths):
-            return self._convolve_row(u, options)
-        one_kernel = self.kernel_grows and not self.scans
-        kernel = self.convolution_kernel(u.size(1), **options) if one_kernel else None
-        parts = []
-        for group in documents.groups(equal=not self.kernel_grows):
-            parts.append((group, self._convolve_row(documents.gather(u, group), options, kernel)))
-        return documents.scatter(parts)
+            return self._convolve(u, None, options)
+        return documents.scatter(
+            [(group, self._convolve(documents.gather(u, group), None, options)) for group in documents.groups()]
+        )
 
     def _advance(
         self, u: Tensor, mask: Tensor | None, segment_ids: Tensor | None, state: Tensor, options: dict[str, Any]
@@ -147,12 +150,12 @@ class StateSpaceLayer(nn.Module, ABC):
             return self.advance(u, None if zero else state, **options)
         documents = Documents(ids_or_rows(segment_ids, mask), mask)
         if not len(documents.lengths):
-            return self._convolve_row(u, options), state.clone()
+            return self._convolve(u, None, options), state.clone()
         continues = torch.ones_like(documents.row, dtype=torch.bool)
         continues[1:] = documents.row[1:] != documents.row[:-1]
         before = torch.where(continues.view(-1, *(1,) * len(self.state_size)), state[documents.row], 0)
         parts, order, after = [], [], []
-        for group in documents.groups(equal=True):
+        for group in documents.groups():
             y, states = self.advance(documents.gather(u, group), before[group], **options)
             parts.append((group, y))
             order.append(group)

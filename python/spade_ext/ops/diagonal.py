@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .long_conv import document_numbers
+
 Disc = Literal["zoh", "bilinear", "dss"]
 RecurrentDisc = Literal["zoh", "bilinear"]
 
@@ -63,6 +65,7 @@ def diagonal_scan(
     *,
     disc: RecurrentDisc | None = "zoh",
     bidirectional: bool = False,
+    segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""A diagonal state space model as a recurrence, with an initial and a final state.
 
@@ -88,6 +91,8 @@ def diagonal_scan(
         log_dt: (H,), natural logarithm of the step.
         state: (B, H, N, 2) or (B, H, N), before the first token; zeros unless given.
         skip: (C, H), weights of u itself; zeros unless given.
+        segment_ids: (B, L), integers, of packed rows: a run of equal ids is a document. Each starts from zeros but the
+            one that time runs into first, and the returned state is that after the one that it runs into last.
 
     Returns:
         y (B, C, H, L) in u's layout: where u is a transposed contiguous (B, L, H), y is a transposed contiguous
@@ -99,7 +104,7 @@ def diagonal_scan(
 
     Source: Gu et al., S4D (arXiv 2206.11893), section 3; Ma et al., MEGA (arXiv 2209.10655), section 3.1.
     """
-    return torch.ops.spade_ext.diagonal_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional)
+    return torch.ops.spade_ext.diagonal_scan(u, w, b, c, log_dt, state, skip, disc, bidirectional, segment_ids)
 
 
 def diagonal_scan_ref(
@@ -113,6 +118,7 @@ def diagonal_scan_ref(
     *,
     disc: RecurrentDisc | None = "zoh",
     bidirectional: bool = False,
+    segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`diagonal_scan` as a loop over tokens, all states in memory, float64 inside."""
     B, H, pairs = u.size(0), c.size(1), w.dim() == 3
@@ -121,7 +127,13 @@ def diagonal_scan_ref(
     x = abar.new_zeros(B, *abar.shape) if state is None else in_float64(state, w)  # (B, H, N)
     states = [x]
     u = u.double()
-    for u_t in (torch.cat([u, u.flip(-1)], 1) if bidirectional else u).unbind(-1):
+    document = document_numbers(u.new_zeros(B, u.size(-1)) if segment_ids is None else segment_ids)
+    inputs, document = u, document[:, None].expand_as(u)
+    if bidirectional:
+        inputs, document = (torch.cat([t, t.flip(-1)], 1) for t in (inputs, document))
+    for t, u_t in enumerate(inputs.unbind(-1)):
+        if t > 0:
+            x = torch.where((document[..., t] == document[..., t - 1])[..., None], x, 0)
         x = abar * x + bbar * u_t[..., None]
         states.append(x)
     y = torch.einsum("chn,tbhn->bcht", in_float64(c, w), torch.stack(states)[1:])
