@@ -237,11 +237,9 @@ class SpadeModel(SpadePreTrainedModel):
             attention_mask: (B, L), True or 1 at real tokens, which may be padded on either side. With a cache it may
                 begin with the tokens before, (B, cache.tokens + L).
             segment_ids: (B, L), integers, of packed rows: a run of equal ids is a document, which sees only itself.
-                Their number is data: with them, a state space model does not compile as a single graph.
-            position_ids: (B, L) or (1, L), integers: a document begins where they start again; with them, too, a state
-                space model does not compile as a single graph. Only "learned" positions, which must be below
-                max_position_embeddings, and "sinusoidal" ones read their values; without position_ids a document's
-                real tokens are counted from 0, or on from the cache.
+            position_ids: (B, L) or (1, L), integers: a document begins where they start again. Only "learned"
+                positions, which must be below max_position_embeddings, and "sinusoidal" ones read their values; without
+                position_ids a document's real tokens are counted from 0, or on from the cache.
             encoder_hidden_states: (B, Lk, D), an encoder's output that the layers attend to, with add_cross_attention.
             encoder_attention_mask: (B, Lk), True or 1 at its real tokens.
             cache: what a model kept of the tokens before, which is brought up to date. Rows are single documents. With

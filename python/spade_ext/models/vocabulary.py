@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 LOGITS_AT_ONCE = 2**23
+COMPILED_PARTS = 4
 
 
 def sum_of_losses(head: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, n_classes: int) -> Tensor:
     """The sum of -log softmax(head(x)) at the labels, 0 at those of -100.
 
-    The logits (T, n_classes) are made for a few tokens at a time, and once more in the backward.
+    The logits (T, n_classes) are made for a few tokens at a time, and once more in the backward. When compiling, the
+    tokens are in `COMPILED_PARTS`, so that one graph serves every number of them.
 
     Args:
         head: (t, D) to (t, n_classes).
@@ -33,8 +35,14 @@ def sum_of_losses(head: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, n
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return nn.functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
 
-    tokens = max(1, LOGITS_AT_ONCE // n_classes)
-    parts = zip(x.split(tokens), labels.split(tokens), strict=True)
+    if torch.compiler.is_compiling():
+        missing = -x.size(0) % COMPILED_PARTS
+        x = pad(x, (0, 0, 0, missing)).unflatten(0, (COMPILED_PARTS, -1))
+        labels = pad(labels, (0, missing), value=IGNORED).unflatten(0, (COMPILED_PARTS, -1))
+        parts = zip(x, labels, strict=True)
+    else:
+        tokens = max(1, LOGITS_AT_ONCE // n_classes)
+        parts = zip(x.split(tokens), labels.split(tokens), strict=True)
     return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
 
 
