@@ -2,6 +2,7 @@
 """SPADE: layers of local attention, of which the bottom one also has a state space model (arXiv 2212.08136)."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -164,6 +165,7 @@ class SpadeModel(SpadePreTrainedModel):
         self.layers = nn.ModuleList(SpadeLayer(config, layer) for layer in range(config.num_hidden_layers))
         final_norm = config.prenorm if config.final_norm is None else config.final_norm
         self.norm = build_norm(config.norm, width, config.layer_norm_eps) if final_norm else nn.Identity()
+        self._no_split_modules = ["SpadeLayer", *sorted({type(module).__name__ for module in self._sharded_apart()})]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -182,12 +184,24 @@ class SpadeModel(SpadePreTrainedModel):
             raise ValueError(f"input_values has shape {list(input_values.shape)}, expected (B, L, {size})")
         return self.embed_values(input_values)
 
+    def _sharded_apart(self) -> Iterator[nn.Module]:
+        """What FSDP2 must not shard together with its layer."""
+        for module in self.modules():
+            if isinstance(module, StateSpaceLayer):
+                yield module  # float32 in half-precision models too, and sharded together are parameters of one dtype
+        if self._table_owner is not None and self._table_owner.position is not None:
+            yield self._table_owner.position  # all layers read it before its own runs
+
+    @property
+    def _table_owner(self) -> AttentionMixer | None:
+        """The attention of layer 0, whose bias table is that of all layers, where they share one."""
+        attention = getattr(self.layers[0].mixer, "attention", None)
+        return attention if self.config.position_shared and isinstance(attention, AttentionMixer) else None
+
     def _shared_bias(self, length: int, cache: SpadeCache | None) -> Tensor | None:
-        """The table of layer 0 for all layers, where they share one."""
-        mixer = self.layers[0].mixer
-        if not self.config.position_shared or not isinstance(getattr(mixer, "attention", None), AttentionMixer):
+        if (owner := self._table_owner) is None:
             return None
-        return mixer.attention.position_bias(length, None if cache is None else cache.layers[0].state["attention"])
+        return owner.position_bias(length, None if cache is None else cache.layers[0].state["attention"])
 
     def new_cache(self) -> SpadeCache | EncoderDecoderCache:
         """One of no tokens, beside that of an encoder's keys and values with add_cross_attention."""

@@ -1,7 +1,7 @@
 """Floating-point operations of the ops, of which torch's FlopCounterMode learns on import.
 
-A multiplication and an addition are two operations. Elementwise work (softmax's exponentials) is not counted, and packed
-rows count as rows of one document. Sources: the sections "Cost" of spade_ext/*/README.md.
+A multiplication and an addition are two operations. Elementwise work (softmax's exponentials) is not counted. A packed
+row counts as one document. Sources: the sections "Cost" of spade_ext/*/README.md.
 """
 
 import math
