@@ -127,13 +127,14 @@ def test_all_tensors_are_parameters_or_buffers_and_made_from_nothing(name):
     assert rebuilt.eval()(**inputs_of(rebuilt, batch())).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @all_models
-def test_activation_checkpointing_gives_equal_gradients(name):
+def test_activation_checkpointing_gives_equal_gradients(name, use_reentrant):
     """With dropout, whose numbers the second forward draws again; each layer runs once more in the backward."""
     model, ids = build(name).train(), batch()
     labels = labels_of(model, ids)
     checkpointed = copy.deepcopy(model)
-    checkpointed.activation_checkpointing_enable()
+    checkpointed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     for each, times in ((model, 1), (checkpointed, 2)):
         calls = []
         layers = [module for module in each.modules() if isinstance(module, SpadeLayer)]
