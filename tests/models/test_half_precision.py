@@ -5,7 +5,7 @@ import torch
 
 from spade_ext.nn import EMA, S4
 
-from .test_common import MODELS, all_models, batch, build, labels_of
+from .test_common import MODELS, all_models, batch, build, hidden_states_of, inputs_of, labels_of
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -50,9 +50,9 @@ def test_loaded_in_half_precision(saved, dtype, tmp_path):
     model, path = saved
     half = type(model).from_pretrained(path, dtype=dtype)
     check_dtypes(half, dtype)
-    ids = batch()
-    output, expected = half(ids, output_hidden_states=True), model(ids).logits
-    assert {h.dtype for h in (output.logits, *output.hidden_states)} == {dtype}
+    inputs = inputs_of(model, batch())
+    output, expected = half(**inputs, output_hidden_states=True), model(**inputs).logits
+    assert {h.dtype for h in (output.logits, *hidden_states_of(output))} == {dtype}
     assert relative_error(output.logits, expected) < 0.03
     check_equal(model.to(dtype), half)
 
@@ -76,7 +76,7 @@ def test_training_in_bfloat16(name):
     model(ids, labels=labels_of(model, ids)).loss.backward()
     for parameter, value in model.named_parameters():
         assert value.grad.dtype == value.dtype and value.grad.isfinite().all(), parameter
-    assert model.eval()(ids).logits.dtype == torch.bfloat16
+    assert model.eval()(**inputs_of(model, ids)).logits.dtype == torch.bfloat16
 
 
 @all_models
