@@ -51,6 +51,8 @@ TEST_CASE("long_conv") {
   SECTION("values") {
     CHECK(is_close(spade_ext::long_conv(u, k), tensor({1, 12, 23}, {1, 1, 1, 3})));
     CHECK(is_close(spade_ext::long_conv(u, k, skip, k), tensor({101 + 2 + 30, 212 + 3, 323}, {1, 1, 1, 3})));
+    const auto documents = torch::tensor({{0, 1, 1}});
+    CHECK(is_close(spade_ext::long_conv(u, k, {}, {}, documents), tensor({1, 2, 23}, {1, 1, 1, 3})));
   }
   SECTION("gradient") {
     const auto signal = torch::randn({2, 3, 9}, torch::kDouble);
@@ -88,6 +90,10 @@ TEST_CASE("diagonal_scan and diagonal_step") {
     CHECK(is_close(y, tensor({10, 5, 14.5}, {1, 1, 1, 3})));
     CHECK(is_close(final_state, tensor({7.25}, {1, 1, 1})));
     CHECK(is_close(state, tensor({4}, {1, 1, 1})));
+    const auto documents = torch::tensor({{0, 0, 1}});
+    const auto packed =
+        spade_ext::diagonal_scan(u, half, b, c, {}, state, {}, std::nullopt, false, documents);
+    CHECK(is_close(std::get<0>(packed), tensor({10, 5, 12}, {1, 1, 1, 3})));
   }
   SECTION("a step overwrites the state") {
     const auto y = spade_ext::diagonal_step(u.select(2, 0), half, b, c, {}, state, std::nullopt);
