@@ -1,15 +1,14 @@
 """State space layers: nn.S4 and nn.EMA against a convolution by torch.fft alone, and pieces with a state against the
 whole sequence; last the memory of a process that trains a layer."""
 
-import subprocess
 import sys
 from collections.abc import Callable
 
 import torch
-from timing import Benchmark, forward_backward, status
+from timing import Benchmark, forward_backward, print_peak_memory, train
 from torch import Tensor
 
-from spade_ext import keep_memory, nn
+from spade_ext import nn
 
 
 def fft_convolution(u: Tensor, k: Tensor) -> Tensor:
@@ -34,26 +33,6 @@ def gradients_of_pieces(layer: torch.nn.Module, pieces: list[Tensor], grads: lis
         return torch.autograd.grad(outputs, inputs, grads)
 
     return call
-
-
-def peak_memory(kernel: str, B: int, D: int, L: int) -> None:
-    """Prints the most memory that a process takes which runs three steps of SGD on nn.S4."""
-    command = [sys.executable, __file__, "--train", kernel, *map(str, (B, D, L))]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    before, most = (1e-9 * int(number) for number in printed.split())
-    print(f"- {kernel}, B {B} D {D} L {L}: {most:.2f} GB, {before:.2f} GB of it before the first step")
-
-
-def train(kernel: str, B: int, D: int, L: int) -> None:
-    keep_memory()
-    layer, x = nn.S4(D, 64, kernel=kernel, n_ssm=1, l_max=L), torch.randn(B, L, D)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
-    print(status("VmHWM"))
-    for _ in range(3):
-        layer(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    print(status("VmHWM"))
 
 
 def main() -> None:
@@ -88,11 +67,12 @@ def main() -> None:
 
     print("\nPeak memory of a process that trains nn.S4, memory kept:\n")
     for kernel in ("s4d", "s4"):
-        peak_memory(kernel, B, D, L)
+        print_peak_memory(f"{kernel}, B {B} D {D} L {L}", kernel, B, D, L)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
-        train(sys.argv[2], *map(int, sys.argv[3:]))
+        B, D, L = map(int, sys.argv[3:])
+        train(nn.S4(D, 64, kernel=sys.argv[2], n_ssm=1, l_max=L), torch.randn(B, L, D))
     else:
         main()
