@@ -119,10 +119,8 @@ struct Problem {
   // Keys are rows of x, a panel of queries from i on its columns: x <- keep x / (1 - p).
   void drop(int64_t b, int64_t h, Range queries, Range keys, acc_t* x) const {
     if (dropout.threshold == 0) return;
-    for (int64_t j = keys.begin; j < keys.end; ++j, x += tiles.panel) {
-      const uint64_t first = (uint64_t(b * H + h) * band.Lq + queries.begin) * band.Lk + j;
-      dropout.apply(x, queries.size(), first, band.Lk);
-    }
+    const uint64_t first = (uint64_t(b * H + h) * band.Lq + queries.begin) * band.Lk + keys.begin;
+    tiles.drop(dropout, x, keys.size(), first, band.Lk);
   }
 
  private:

@@ -48,6 +48,9 @@ struct LocalAttentionTiles {
   // Scores become weights, and `grad`, the gradients of weights, those of scores.
   void (*gradients)(local_attention_math::Activation activation, T* scores, T* grad, int64_t n,
                     const T* table, const T* key_factor, int64_t vectors, const T* lse, const T* delta);
+  // scores <- keep scores / (1 - p). Key j and the panel's query i are pair first + j + i keys.
+  void (*drop)(const local_attention_math::Dropout& dropout, T* scores, int64_t n, uint64_t first,
+               uint64_t keys);
   // The transpose of adding a bias: table[-j + i] += grad[j][i].
   void (*add_to_table)(const T* grad, int64_t n, int64_t vectors, T* table);
 };

@@ -7,6 +7,7 @@ namespace spade_ext::CPU_CAPABILITY {
 namespace {
 
 using local_attention_math::Activation;
+using local_attention_math::Dropout;
 
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kRows = 12;  // 24 of 32 registers for sums
@@ -284,6 +285,18 @@ void gradients(Activation activation, T* scores, T* grad, int64_t n, const T* ta
   function(activation, scores, grad, n, table, key_factor, lse, delta);
 }
 
+template <class T>
+void drop(const Dropout& dropout, T* scores, int64_t n, uint64_t first, uint64_t keys) {
+  const T factor(dropout.factor);
+  for (int64_t j = 0; j < n; ++j, ++first, scores += kPanel<T>) {
+    int64_t bits[kPanel<T>];  // in a loop of their own, which becomes one of vectors
+    for (int64_t i = 0; i < kPanel<T>; ++i) bits[i] = dropout.bits(first + i * keys);
+    for (int64_t i = 0; i < kPanel<T>; ++i) {
+      scores[i] = bits[i] >= dropout.threshold ? scores[i] * factor : T(0);
+    }
+  }
+}
+
 // Every `lanes`-th row in turn: sums of neighbouring rows overlap, and the CPU is slow to load across what
 // it stored a moment ago.
 template <class T>
@@ -300,9 +313,9 @@ void add_to_table(const T* grad, int64_t n, int64_t vectors, T* table) {
 
 template <class scalar_t, class T = at::opmath_type<scalar_t>>
 constexpr LocalAttentionTiles<scalar_t> tiles() {
-  return {kLanes<T>,    kPanel<T>,      kRows,       load<scalar_t>,         store<scalar_t>,
-          transpose<T>, dots<T>,        multiply<T>, multiply_transposed<T>, weights<T>,
-          gradients<T>, add_to_table<T>};
+  return {kLanes<T>,    kPanel<T>, kRows,          load<scalar_t>,         store<scalar_t>,
+          transpose<T>, dots<T>,   multiply<T>,    multiply_transposed<T>, weights<T>,
+          gradients<T>, drop<T>,   add_to_table<T>};
 }
 
 }  // namespace
