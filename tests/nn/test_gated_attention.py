@@ -366,6 +366,24 @@ def test_padded_steps_leave_nothing_behind(reach):
         torch.testing.assert_close(torch.stack(outputs, 1)[row, real], layer(x[row : row + 1, real])[0])
 
 
+@pytest.mark.parametrize("reach", REACHES, ids=str)
+def test_a_state_under_autocast(reach):
+    layer = gated(**reach, causal=True).float()
+    x = torch.randn(2, 7, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, state = layer(x), layer.initial_state(2)
+        y, state = layer(x[:, :5], state=state)
+        outputs = [y]
+        for token in x[:, 5:].split(1, dim=1):
+            if layer.has_steps:
+                outputs.append(layer.step(token[:, 0], state)[:, None])
+            else:
+                y, state = layer(token, state=state)
+                outputs.append(y)
+    assert state[1][0].dtype == state[1][1].dtype == torch.bfloat16
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=0.01, atol=0.01)
+
+
 def test_errors_of_a_state():
     x = torch.zeros(2, 5, 6, dtype=torch.float64)
     with pytest.raises(ValueError, match="^causal is False, expected True for a state$"):

@@ -182,7 +182,8 @@ class GatedAttention(Reach):
         v = self.dropout(silu(self.v_proj(normed)))
         widths = [self.d_model, self.z_dim, self.h_dim, self.d_model]
         u, z, r, g = self.mx_proj(self.dropout(m)).split(widths, dim=-1)
-        q, k = (silu(z)[..., None, :] * self.gamma + self.beta).unbind(-2)
+        # Under autocast gamma and beta are wider than z, and a ring is not.
+        q, k = (silu(z)[..., None, :] * self.gamma + self.beta).to(z.dtype).unbind(-2)
         return u, q, k, v, r, g
 
     def gated(self, x: Tensor, attended: Tensor, u: Tensor, r: Tensor, g: Tensor) -> Tensor:
