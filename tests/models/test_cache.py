@@ -69,7 +69,7 @@ def in_pieces(model, ids, lengths, **options):
 def test_token_by_token_is_the_forward(name):
     model, ids = build(name), batch()
     with torch.no_grad():
-        torch.testing.assert_close(in_pieces(model, ids, 1), model(ids).logits, **TOLERANCES)
+        torch.testing.assert_close(in_pieces(model, ids, 1), model(ids, use_cache=False).logits, **TOLERANCES)
 
 
 @all_models
@@ -77,7 +77,7 @@ def test_token_by_token_is_the_forward(name):
 def test_pieces_are_the_forward(name, lengths):
     model, ids = build(name), batch()
     with torch.no_grad():
-        torch.testing.assert_close(in_pieces(model, ids, lengths), model(ids).logits, **TOLERANCES)
+        torch.testing.assert_close(in_pieces(model, ids, lengths), model(ids, use_cache=False).logits, **TOLERANCES)
 
 
 @all_models
@@ -119,7 +119,7 @@ def test_padding_leaves_nothing_behind(name, side):
         assert cache.positions.tolist() == taken.tolist() and cache.get_seq_length() == 14
         mask, logits = torch.cat(masks, dim=1).bool(), torch.cat(logits, dim=1)
         for row, n in enumerate(taken.tolist()):
-            alone = model(real[row : row + 1, :n]).logits
+            alone = model(real[row : row + 1, :n], use_cache=False).logits
             torch.testing.assert_close(logits[row : row + 1, mask[row]], alone, **TOLERANCES)
 
 
@@ -130,7 +130,7 @@ def test_long_documents_do_not_drift():
     for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 2e-4)):
         model = model.to(dtype)
         with torch.no_grad():
-            expected = model(ids).logits
+            expected = model(ids, use_cache=False).logits
             with nn.reuse_kernels(model):
                 found = in_pieces(model, ids, 1)
         error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -227,7 +227,7 @@ def test_a_cache_is_tensors():
     model, ids = build("window"), batch(3, 9)
     rows = torch.tensor([2, 0, 0])
     with torch.no_grad():
-        expected = model(ids).logits[:, 8:]
+        expected = model(ids, use_cache=False).logits[:, 8:]
         for change, order in (
             (lambda cache: cache.reorder_cache(rows), rows),
             (lambda cache: cache.batch_select_indices(rows[:2]), rows[:2]),
@@ -272,6 +272,12 @@ def test_which_forwards_make_a_cache():
     assert isinstance(model(ids, use_cache=True, past_key_values=None).past_key_values, SpadeCache)
     assert model(ids, use_cache=False).cache is None
     assert model(ids, segment_ids=torch.ones_like(ids)).cache is None
+    for mask, whole in (([0, 0, 1, 1, 1, 0], True), ([1, 0, 1, 1, 1, 1], False), ([0] * 6, True)):
+        mask = torch.tensor([[1] * 6, mask])
+        output = model(ids, attention_mask=mask)
+        assert (output.cache is not None) == whole
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(output.logits[mask.bool()], expected[mask.bool()], **TOLERANCES)
     assert model.train()(ids).cache is None
     assert SpadeForCausalLM(SpadeConfig(**SIZES, use_cache=False)).eval()(ids).cache is None
     two_sided = SpadeModel(SpadeConfig(**{**SIZES, "causal": False})).eval()

@@ -23,7 +23,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..nn.mask import matching_ids, real_tokens
+from ..nn.mask import matching_ids, padding_is_outside, real_tokens
 from ..nn.norm import build_norm
 from ..nn.state_space import StateSpaceLayer
 from .cache import SpadeCache, states_of
@@ -259,7 +259,7 @@ class SpadeModel(SpadePreTrainedModel):
             cache: what a model kept of the tokens before, which is brought up to date. Rows are single documents. With
                 add_cross_attention it also holds the encoder's keys and values.
             use_cache: make a cache where none is given; None is `config.use_cache`. Training makes none, nor do packed
-                rows and compiled models.
+                rows, rows with padding between real tokens, and compiled models.
             output_attentions: the attentions (B, H, L, L), with a cache those of all keys that it holds and then of
                 the new ones; with attn_implementation="eager" only.
 
@@ -284,7 +284,8 @@ class SpadeModel(SpadePreTrainedModel):
         if segment_ids is not None and cache is not None:
             given = "position_ids start again" if position_ids is not None else "segment_ids is given"
             raise ValueError(f"{given}, expected rows of one document with a cache")
-        if use_cache and cache is None and segment_ids is None and not (self.training or torch.compiler.is_compiling()):
+        cacheable = segment_ids is None and not (self.training or torch.compiler.is_compiling())
+        if use_cache and cache is None and cacheable and (mask is None or padding_is_outside(mask)):
             whole = self.new_cache()
             cache = states_of(whole)
             self._begin(cache, x)

@@ -1,7 +1,7 @@
 """Attention masks and segment ids, which mean the same to every module."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -16,6 +16,12 @@ def real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise TypeError(f"attention_mask is {attention_mask.dtype}, expected bool or integers, 1 at real tokens")
     return attention_mask.bool()
+
+
+def padding_is_outside(mask: Tensor) -> bool:
+    """Whether no row of mask (B, L), True at real tokens, has padding between them."""
+    ends = (mask & ~nn.functional.pad(mask[:, 1:], (0, 1))).sum(1)
+    return bool((ends <= 1).all())
 
 
 def real_token(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..ops import local_attention, local_attention_step
+from .mask import padding_is_outside
 
 # Keys (B, slots, H, D) and values (B, slots, H, Dv) of the last tokens of each row, token p in slot p % slots, and how
 # many tokens the row has had, (B,). Tensors that are cloned, moved, index_selected or saved like any others; see
@@ -119,8 +120,7 @@ class Reach(nn.Module):
         place = torch.arange(slots + k.size(1), device=k.device)
         number = position[:, None] + place - slots - first  # (B, slots + L)
         new = place >= slots + first
-        between = new & (place < slots + first + count) & ~pad(real, (slots, 0))
-        if not torch.compiler.is_compiling() and between.any():
+        if not (mask is None or torch.compiler.is_compiling() or padding_is_outside(mask)):
             raise ValueError(
                 "attention_mask has padding between real tokens, expected it at the ends of rows with a state"
             )
