@@ -421,6 +421,12 @@ def test_configurations_that_cannot_be(options, message):
         config(**options)
 
 
+def test_a_classifier_makes_no_cache(monkeypatch):
+    model = classifier(causal=True, window=(3, 0))
+    monkeypatch.setattr(SpadeModel, "new_cache", lambda _: pytest.fail("a cache that nobody reads"))
+    assert model(batch(), use_cache=True).logits.shape == (3, model.num_labels)
+
+
 def test_wrong_inputs():
     model = classifier()
     with pytest.raises(ValueError, match="given are no inputs, expected either input_ids or inputs_embeds"):

@@ -551,6 +551,7 @@ class SpadeForSequenceClassification(SpadePreTrainedModel):
             SequenceClassifierOutput with logits (B, num_labels) and, given labels, the loss.
         """
         refuse_packed_rows(kwargs)
+        kwargs["use_cache"] = False
         outputs = self.model(input_ids, attention_mask, inputs_embeds, input_values, **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
         loss = None
