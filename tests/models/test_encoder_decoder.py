@@ -391,7 +391,8 @@ def test_text_configurations():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": (3, 0)}, "causal is True, expected False for an encoder"),
+        ({"window": (3, 0)}, r"window is \(3, 0\), expected a right of 1 or more for an encoder"),
+        ({"mixer": "full", "window": None, "causal": True}, "causal is True, expected False for an encoder"),
         ({"add_cross_attention": True}, "add_cross_attention is True, expected False for an encoder"),
         ({"input_size": 1}, "input_size is 1, expected None for an encoder-decoder"),
         ({"adaptive_cutoffs": (8,)}, r"adaptive_cutoffs is \(8,\), expected None for an encoder-decoder"),

@@ -88,6 +88,8 @@ class SpadeEncoderDecoderConfig(SpadeConfig):
 
     def validate_architecture(self):
         check = self._check
+        one_sided = self.mixer != "ssm" and tuple(self.window or ())[1:] == (0,)
+        check("window", not one_sided, "a right of 1 or more for an encoder")
         check("causal", not self.causal, "False for an encoder")
         check("add_cross_attention", not self.add_cross_attention, "False for an encoder")
         check("input_size", self.input_size is None, "None for an encoder-decoder")

@@ -209,8 +209,9 @@ class SpadeConfig(PreTrainedConfig):
             check("window", one_sided, "a right of 0, since causal is True")
         check("window", mixer not in ("chunk", "full") or self.window is None, f"None for the mixer {mixer!r}")
         check("chunk_size", mixer != "chunk" or self.chunk_size is not None, "at least 1 for the mixer 'chunk'")
-        whole = mixer in ("window", "full") or (mixer == "mega" and self.window is not None)
-        check("chunk_size", not whole or self.chunk_size is None, f"None for the mixer {mixer!r} with no chunks")
+        check("chunk_size", mixer not in ("window", "full") or self.chunk_size is None, f"None for the mixer {mixer!r}")
+        both = mixer == "mega" and self.window is not None and self.chunk_size is not None
+        check("chunk_size", not both, "None beside a window")
         if mixer == "mega":
             scores = self.window is None or self.mega_activation == "softmax"
             check("mega_activation", scores, "'softmax' in a window")
