@@ -198,6 +198,24 @@ def test_generation_goes_on_from_a_cache(name):
     assert torch.equal(embedded.sequences, expected.sequences[:, 7:])
 
 
+@pytest.mark.parametrize("name", ["window", "full"])
+def test_generation_does_not_go_on_from_padding_that_was_read(name):
+    """A row that ended before others did has read its padding, of which another turn's mask says that it is none."""
+    model, ids = build(name), batch(2, 5)
+    ends = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()
+    options = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    first = model.generate(ids, max_new_tokens=4, eos_token_id=ends, **options)
+    assert first.sequences[0, 6:].tolist() == [0, 0, 0] and first.sequences[1, 6] != 0
+    turn = torch.cat([first.sequences, batch(2, 3)], dim=1)
+    mask = torch.ones_like(turn)
+    mask[0, 6:9] = 0
+    read = "^attention_mask has 6 real tokens before the new ones in row 0, expected the 8 that the cache has read$"
+    with pytest.raises(ValueError, match=read):
+        model.generate(turn, attention_mask=mask, cache=first.cache, max_new_tokens=2, **options)
+    again = model.generate(turn, attention_mask=mask, use_cache=False, max_new_tokens=2, **options)
+    assert again.sequences.shape == (2, 14)
+
+
 def test_a_prompt_in_chunks_and_a_static_cache():
     model, ids = build("window"), batch(2, 11)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}

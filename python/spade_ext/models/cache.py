@@ -50,6 +50,25 @@ class SpadeCache(Cache):
         self.positions: Tensor | None = None
         self.tokens = torch.zeros((), dtype=torch.long)  # a tensor, so that compiled steps do not depend on its value
 
+    def mask_of_new_tokens(self, attention_mask: Tensor, length: int) -> Tensor:
+        """The last `length` tokens of attention_mask (B, tokens + length).
+
+        Raises:
+            ValueError: other tokens before them are real than those that the states have read, such as those that
+                generation appended to a row that had ended.
+        """
+        before = attention_mask.size(1) - length
+        # Steps are not checked: time and waiting for the device would grow with the tokens before.
+        if length > 1 and self.positions is not None and not torch.compiler.is_compiling():
+            real = attention_mask[:, :before].bool().sum(1)
+            if (differs := real != self.positions).any():
+                row = int(differs.nonzero()[0])
+                raise ValueError(
+                    f"attention_mask has {int(real[row])} real tokens before the new ones in row {row}, expected the "
+                    f"{int(self.positions[row])} that the cache has read"
+                )
+        return attention_mask[:, before:]
+
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `function` of it."""
         if self.positions is None:

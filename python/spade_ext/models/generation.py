@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import Cache, GenerationMixin, PreTrainedConfig
 
 from ..nn.state_space import reuse_kernels
+from .cache import states_of
 
 
 class SpadeGenerationMixin(GenerationMixin):
@@ -30,7 +31,9 @@ class SpadeGenerationMixin(GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(
-        config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache, **kwargs: Any
     ) -> Tensor | None:
         """The mask of the new tokens, whose shape does not grow; that of the tokens before is in the states."""
-        return None if attention_mask is None else attention_mask[:, -inputs_embeds.size(1) :]
+        if attention_mask is None:
+            return None
+        return states_of(cache).mask_of_new_tokens(attention_mask, inputs_embeds.size(1))

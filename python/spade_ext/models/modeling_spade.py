@@ -322,9 +322,9 @@ def mask_of_new_tokens(attention_mask: Tensor | None, x: Tensor, cache: SpadeCac
     None where, with a cache, there is no padding to step over.
     """
     L = x.size(1)
-    if attention_mask is not None and cache is not None and attention_mask.dim() == 2 and attention_mask.size(1) != L:
-        before = cache.get_seq_length()
-        attention_mask = attention_mask[:, before:] if attention_mask.size(1) == before + L else attention_mask
+    has_mask = attention_mask is not None and cache is not None and attention_mask.dim() == 2
+    if has_mask and attention_mask.size(1) != L and attention_mask.size(1) == cache.get_seq_length() + L:
+        attention_mask = cache.mask_of_new_tokens(attention_mask, L)
     mask = real_tokens(attention_mask, x)
     if mask is None or cache is None or torch.compiler.is_compiling():
         return mask
