@@ -437,6 +437,13 @@ def test_wrong_inputs():
         classifier(input_size=1)(batch())
     with pytest.raises(ValueError, match=r"input_values has shape \[3, 20\], expected \(B, L, 1\)"):
         classifier(input_size=1)(input_values=torch.zeros(3, 20))
+    with pytest.raises(ValueError, match=r"input_values has shape \[3, 20, 2\], expected \(B, L, 1\)"):
+        classifier(input_size=1)(input_values=torch.zeros(3, 20, 2))
+    with pytest.raises(ValueError, match=r"input_ids has shape \[20\], expected \(B, L\)"):
+        model(batch()[0])
+    for shape in ((20, 16), (3, 20, 15)):
+        with pytest.raises(ValueError, match=r"inputs_embeds has shape \[.*\], expected \(B, L, 16\)"):
+            model(inputs_embeds=torch.zeros(shape))
     with pytest.raises(ValueError, match=r"attention_mask has shape \[3, 1, 1, 20\], expected \[3, 20\], \(B, L\)"):
         model(batch(), torch.ones(3, 1, 1, 20))
     with pytest.raises(ValueError, match=r"^segment_ids has shape \[3, 20\], expected None: a row is one document"):

@@ -174,15 +174,17 @@ class SpadeModel(SpadePreTrainedModel):
         inputs = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
         given = [name for name, value in inputs.items() if value is not None]
         kind = "input_ids" if size is None else "input_values"
-        if given == ["inputs_embeds"]:
-            return inputs_embeds
-        if given != [kind]:
+        if given not in (["inputs_embeds"], [kind]):
             raise ValueError(f"given are {', '.join(given) or 'no inputs'}, expected either {kind} or inputs_embeds")
-        if size is None:
-            return self.embed_tokens(input_ids)
-        if input_values.dim() != 3 or input_values.size(-1) != size:
-            raise ValueError(f"input_values has shape {list(input_values.shape)}, expected (B, L, {size})")
-        return self.embed_values(input_values)
+        name = given[0]
+        width = {"input_ids": (), "input_values": (size,), "inputs_embeds": (self.config.hidden_size,)}[name]
+        shape = inputs[name].shape
+        if len(shape) < 2 or shape[2:] != width:
+            expected = ", ".join(["B", "L", *map(str, width)])
+            raise ValueError(f"{name} has shape {list(shape)}, expected ({expected})")
+        if name == "inputs_embeds":
+            return inputs_embeds
+        return self.embed_tokens(input_ids) if size is None else self.embed_values(input_values)
 
     def _sharded_apart(self) -> Iterator[nn.Module]:
         """What FSDP2 must not shard together with its layer."""
