@@ -272,6 +272,21 @@ def test_segments_can_be_trained_on():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_pieces_predict_each_others_first_tokens():
+    """With shift_labels; with labels each piece's last token predicts nothing."""
+    model, ids = build("window"), batch(2, 12)
+    expected, mask = model(ids, labels=ids).loss, torch.ones_like(ids)
+    following, cache, losses = pad(ids[:, 1:], (0, 1), value=-100), SpadeCache(model.config), []
+    for begin in (0, 4, 8):
+        piece = slice(begin, begin + 4)
+        options = {"attention_mask": mask[:, : begin + 4], "num_items_in_batch": 22, "cache": cache}
+        losses.append(model(ids[:, piece], shift_labels=following[:, piece], **options).loss)
+    torch.testing.assert_close(sum(losses), expected)
+    cache.reset()
+    model(ids[:, :4], cache=cache)
+    assert model(ids[:, 4:], labels=ids[:, 4:], attention_mask=mask, cache=cache).loss.isfinite()
+
+
 def test_attentions_of_a_step():
     """In eager: those of the keys in the ring, then of the token itself."""
     model, ids = build("window", attn_implementation="eager"), batch(2, 9)
@@ -315,7 +330,10 @@ def test_errors_of_a_cache():
         model(ids, cache=cache, segment_ids=torch.ones_like(ids))
     with pytest.raises(ValueError, match="^position_ids start again, expected rows of one document with a cache$"):
         model(ids, cache=cache, position_ids=torch.tensor([[6, 7, 0, 1, 2, 3]]))
-    with pytest.raises(ValueError, match=r"^attention_mask has shape \[2, 11\], expected \[2, 6\], \(B, L\)$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^attention_mask has shape \[2, 11\], expected \[2, 6\] or, with the tokens before, \[2, 12\]$",
+    ):
         model(ids, cache=cache, attention_mask=torch.ones(2, 11))
     with pytest.raises(ValueError, match="^attention_mask has padding between real tokens, expected it at the ends of"):
         model(ids, cache=cache, attention_mask=torch.tensor([[1, 0, 1, 1, 1, 1]] * 2))

@@ -90,6 +90,8 @@ def test_embeddings_are_shared(options, tmp_path):
     seq2seq(**options).save_pretrained(tmp_path)
     loaded, resized = SpadeForConditionalGeneration.from_pretrained(tmp_path), seq2seq(**options)
     resized.resize_token_embeddings(V + 5)
+    resized.get_encoder().save_pretrained(tmp_path / "encoder")
+    SpadeModel.from_pretrained(tmp_path / "encoder")
     for model, size in ((loaded, V), (resized, V + 5)):
         weight = model.get_input_embeddings().weight
         assert weight.shape == (size, 16) and model.config.vocab_size == size

@@ -127,7 +127,11 @@ class SpadePreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"adaptive_cutoffs is {cutoffs}, expected None to resize embeddings: ids are sorted in bands"
             )
-        return super().resize_token_embeddings(*args, **options)
+        embeddings = super().resize_token_embeddings(*args, **options)
+        for module in self.modules():  # an encoder and a decoder have configurations of their own
+            if isinstance(module, SpadePreTrainedModel):
+                module.config.vocab_size = self.config.vocab_size
+        return embeddings
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Of code outside of transformers, modules without parameters of their own would be left out.
@@ -227,6 +231,25 @@ class SpadeModel(SpadePreTrainedModel):
         elif len(cache.positions) != x.size(0):
             raise ValueError(f"cache has {len(cache.positions)} rows, expected {x.size(0)}")
 
+    def _at_positions(
+        self,
+        x: Tensor,
+        position_ids: Tensor | None,
+        mask: Tensor | None,
+        segment_ids: Tensor | None,
+        cache: SpadeCache | None,
+    ) -> Tensor:
+        """The input of layer 0 from embeddings x (B, L, D)."""
+        if self.config.scale_embedding:
+            x = math.sqrt(self.config.hidden_size) * x
+        if self.config.position in ABSOLUTE_POSITIONS:
+            counted = position_ids is None
+            positions = positions_of(x, mask, segment_ids) if counted else position_ids
+            if counted and cache is not None:
+                positions = positions + cache.positions[:, None]
+            x = x + self.embed_positions(positions, counted and cache is None).to(x.dtype)
+        return self.dropout(self.embed_norm(x))
+
     @merge_with_config_defaults
     @capture_outputs
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
@@ -291,15 +314,7 @@ class SpadeModel(SpadePreTrainedModel):
             whole = self.new_cache()
             cache = states_of(whole)
             self._begin(cache, x)
-        if self.config.scale_embedding:
-            x = math.sqrt(self.config.hidden_size) * x
-        if self.config.position in ABSOLUTE_POSITIONS:
-            counted = position_ids is None
-            positions = positions_of(x, mask, segment_ids) if counted else position_ids
-            if counted and cache is not None:
-                positions = positions + cache.positions[:, None]
-            x = x + self.embed_positions(positions, counted and cache is None).to(x.dtype)
-        x = self.dropout(self.embed_norm(x))
+        x = self._at_positions(x, position_ids, mask, segment_ids, cache)
         shared_bias = self._shared_bias(x.size(1), cache)
         source = {}
         if encoder_hidden_states is not None:
@@ -325,7 +340,13 @@ def mask_of_new_tokens(attention_mask: Tensor | None, x: Tensor, cache: SpadeCac
     """
     L = x.size(1)
     has_mask = attention_mask is not None and cache is not None and attention_mask.dim() == 2
-    if has_mask and attention_mask.size(1) != L and attention_mask.size(1) == cache.get_seq_length() + L:
+    if has_mask and attention_mask.size(1) != L:
+        whole = cache.get_seq_length() + L
+        if attention_mask.size(1) != whole:
+            shape, B = list(attention_mask.shape), x.size(0)
+            raise ValueError(
+                f"attention_mask has shape {shape}, expected [{B}, {L}] or, with the tokens before, [{B}, {whole}]"
+            )
         attention_mask = cache.mask_of_new_tokens(attention_mask, L)
     mask = real_tokens(attention_mask, x)
     if mask is None or cache is None or torch.compiler.is_compiling():
@@ -409,6 +430,8 @@ class SpadeForCausalLM(SpadeLanguageModel, SpadeGenerationMixin):
                 `SpadeModel.forward`.
             labels: (B, L), ids that input_ids may be; -100 asks for nothing. The model predicts labels[:, t + 1] at a
                 real token t, unless another document begins there.
+            shift_labels: (B, L), in place of labels the ids that follow each token, -100 where nothing is asked for.
+                With it the pieces of a document that share a cache predict each other's first tokens.
             logits_to_keep: how many of the last tokens' logits, 0 for all; or which tokens' ones, indices. Where a loss
                 alone is evaluated, 1 spares the memory of all.
             num_items_in_batch: what the sum of losses is divided by; None is the number of labels that count.
@@ -417,8 +440,9 @@ class SpadeForCausalLM(SpadeLanguageModel, SpadeGenerationMixin):
             CausalLMOutputWithPast with logits (B, L, vocab_size), None where a model in training is given labels; the
             cache; and, given labels, the loss.
         """
-        if labels is not None and segment_ids is None and position_ids is not None:
-            segment_ids = documents_of(check_position_ids(position_ids, labels), real_tokens(attention_mask, labels))
+        shift_labels = kwargs.pop("shift_labels", None)  # not by name: the Trainer would want it of every batch
+        if labels is not None and shift_labels is None:
+            shift_labels = self._shifted(labels, attention_mask, segment_ids, position_ids)
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -430,17 +454,11 @@ class SpadeForCausalLM(SpadeLanguageModel, SpadeGenerationMixin):
             **kwargs,
         )
         x, loss, logits = outputs.last_hidden_state, None, None
-        if labels is None or not self.training:
+        if shift_labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(x[:, kept])
-        if labels is not None:
-            following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            if (mask := real_tokens(attention_mask, x)) is not None:
-                following = following.masked_fill(~mask, IGNORED)
-            if segment_ids is not None:
-                ends = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (0, 1), value=True)
-                following = following.masked_fill(ends, IGNORED)
-            loss = self.token_loss(x, following, num_items_in_batch)
+        if shift_labels is not None:
+            loss = self.token_loss(x, shift_labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -448,6 +466,24 @@ class SpadeForCausalLM(SpadeLanguageModel, SpadeGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @staticmethod
+    def _shifted(
+        labels: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """The label (B, L) that follows each real token in its document, -100 where none does."""
+        if attention_mask is not None and attention_mask.dim() == 2:  # behind a cache it has the tokens before, too
+            attention_mask = attention_mask[:, max(0, attention_mask.size(1) - labels.size(1)) :]
+        mask = real_tokens(attention_mask, labels)
+        if segment_ids is None and position_ids is not None:
+            segment_ids = documents_of(check_position_ids(position_ids, labels), mask)
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if mask is not None:
+            following = following.masked_fill(~mask, IGNORED)
+        if segment_ids is not None:
+            ends = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (0, 1), value=True)
+            following = following.masked_fill(ends, IGNORED)
+        return following
 
 
 class SpadeForMaskedLM(SpadeLanguageModel):
