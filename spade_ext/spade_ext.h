@@ -6,6 +6,7 @@
 
 #include <spade_ext/diagonal/diagonal.h>
 #include <spade_ext/export.h>
+#include <spade_ext/linear_step/linear_step.h>
 #include <spade_ext/local_attention/local_attention.h>
 #include <spade_ext/long_conv/long_conv.h>
 #include <spade_ext/s4/s4.h>

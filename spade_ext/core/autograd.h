@@ -36,13 +36,13 @@ inline at::Tensor empty_gradient(bool wanted, const OptionalTensor& like) {
   return wanted ? at::empty_symint(like->sym_sizes(), like->options()) : at::Tensor();
 }
 
-// A step that writes its state in place has no gradient. Arguments: (name, tensor).
+// A step has no gradient. Arguments: (name, tensor).
 inline void refuse_gradients(const char* op,
                              std::initializer_list<std::pair<const char*, OptionalTensor>> arguments) {
   for (const auto& [name, t] : arguments) {
     TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::compute_requires_grad(t), op, ": ", name,
-                                " requires a gradient, expected none: the step writes its state in place, "
-                                "call it under torch.no_grad()");
+                                " requires a gradient, expected none: a step has no gradient, call it under "
+                                "torch.no_grad()");
   }
 }
 

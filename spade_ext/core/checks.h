@@ -43,6 +43,11 @@ inline void check_wanted(const char* op, const char* name, bool wanted, const st
                     name, ", which is None, expected a tensor");
 }
 
+inline void check_floating(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()), op, ": ", name, " is ", t.scalar_type(),
+                   ", expected float64, float32, float16 or bfloat16");
+}
+
 inline void check_float32_or_float64(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, op, ": ", name, " is ",
                    t.scalar_type(), ", expected float32 or float64");

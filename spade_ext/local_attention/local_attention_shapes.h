@@ -41,11 +41,6 @@ inline void check_of_keys(const char* name, const at::Tensor& t, const at::Tenso
   for (int64_t dim : {0, 1}) check_size(kOp, name, t, dim, k.sym_size(dim), "(B, Lk)");
 }
 
-inline void check_floating(const char* op, const at::Tensor& q) {
-  TORCH_CHECK_TYPE(at::isFloatingType(q.scalar_type()), op, ": q is ", q.scalar_type(),
-                   ", expected float64, float32, float16 or bfloat16");
-}
-
 inline void check_heads(const char* op, const c10::SymInt& H, const c10::SymInt& Hkv) {
   TORCH_CHECK_VALUE(
       Hkv.sym_gt(0).expect_true(__FILE__, __LINE__) && (H % Hkv).sym_eq(0).expect_true(__FILE__, __LINE__),
@@ -57,7 +52,7 @@ inline void check_tensors(const Tensors& t) {
   check_dim(kOp, "q", q, 4, "(B, Lq, H, D)");
   check_dim(kOp, "k", k, 4, "(B, Lk, Hkv, D)");
   check_dim(kOp, "v", v, 4, "(B, Lk, Hkv, Dv)");
-  check_floating(kOp, q);
+  check_floating(kOp, "q", q);
   check_like(kOp, "k", k, "q", q);
   check_like(kOp, "v", v, "q", q);
   check_size(kOp, "k", k, 0, q.sym_size(0), "(B, Lk, Hkv, D)");
@@ -187,7 +182,7 @@ inline void check_step(const StepTensors& t, std::optional<double> scale) {
   check_dim(op, "v", v, 3, "(B, Hkv, Dv)");
   check_dim(op, "k_cache", k_cache, 4, letters);
   check_dim(op, "v_cache", v_cache, 4, letters_of_v);
-  check_floating(op, q);
+  check_floating(op, "q", q);
   for (const auto& [name, like_q] :
        {std::pair("k", k), std::pair("v", v), std::pair("k_cache", k_cache), std::pair("v_cache", v_cache)})
     check_like(op, name, like_q, "q", q);

@@ -152,6 +152,13 @@ TEST_CASE("s4") {
   }
 }
 
+TEST_CASE("linear_step") {
+  const auto x = tensor({1, 2}, {1, 2}), weight = tensor({3, 4, 5, 6, 7, 8}, {3, 2});
+  CHECK(is_close(spade_ext::linear_step(x, weight, tensor({1, 0, -1}, {3})), tensor({12, 17, 22}, {1, 3})));
+  CHECK_THROWS_AS(spade_ext::linear_step(x, weight.t()), c10::ValueError);
+  CHECK_THROWS_AS(spade_ext::linear_step(parameter({1, 2}), weight), c10::NotImplementedError);
+}
+
 TEST_CASE("local_attention") {
   const auto zeros = torch::zeros({1, 3, 1, 2}, torch::kDouble);
   const auto v = tensor({1, 2, 6}, {1, 3, 1, 1});

@@ -474,6 +474,32 @@ def local_attention_sample(
     )
 
 
+def linear_step_samples() -> list[Sample]:
+    """Without gradients."""
+    torch.manual_seed(0)
+    sizes = {
+        "one": (1, 1, 1),
+        "row": (1, 40, 130),
+        "rows": (3, 7, 129),
+        "many_rows": (11, 5, 63),
+        "several_threads": (5, 600, 140),
+        "empty_batch": (0, 3, 4),
+        "no_columns": (2, 0, 4),
+        "no_channels": (2, 3, 0),
+    }
+    samples = [Sample(name, (constant(B, K), constant(N, K), constant(N))) for name, (B, N, K) in sizes.items()]
+    return [
+        *samples,
+        Sample("without_bias", (constant(2, 33), constant(9, 33))),
+        Sample("vector", (constant(33), constant(9, 33), constant(9))),
+        Sample("batch_of_rows", (constant(2, 1, 3, 33), constant(9, 33), constant(9))),
+        Sample("sliced", (constant(4, 80)[::2, 3:70], constant(18, 90)[::2, 5:72], constant(18)[::2])),
+        Sample("rows_not_contiguous", (constant(33, 2).mT, constant(33, 9).mT, constant(9))),
+        Sample("strided_channels", (constant(2, 66)[:, ::2], constant(9, 66)[:, ::2], None)),
+        Sample("expanded", (constant(1, 33).expand(2, 33), constant(1, 33).expand(9, 33), constant(1).expand(9))),
+    ]
+
+
 def local_attention_step_sample(
     name: str, position: list[int] | Tensor, size=5, H=2, D=4, *, Hkv=None, Dv=None, with_bias=True, scale=None, **given
 ) -> Sample:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import EncoderDecoderCache
 
-from ..nn import LocalAttention
+from ..nn import Linear, LocalAttention
 from .mixers import AttentionWeights, ChoosesImplementation, is_step
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ class CrossAttention(ChoosesImplementation):
         self.set_reach(window=None, chunk_size=None, causal=False)
         width = config.hidden_size
         self.n_heads, self.layer, self.dropout = config.num_attention_heads, layer, config.attention_dropout
-        self.q = nn.Linear(width, width, bias=False)
-        self.kv = nn.Linear(width, 2 * width, bias=False)
-        self.o = nn.Linear(width, width, bias=False)
+        self.q = Linear(width, width, bias=False)
+        self.kv = Linear(width, 2 * width, bias=False)
+        self.o = Linear(width, width, bias=False)
         self.config = config
         self.weights = AttentionWeights()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..nn import EMA, S4, GatedAttention, LocalAttention
+from ..nn import EMA, S4, GatedAttention, Linear, LocalAttention
 from ..nn.norm import build_norm
 from ..nn.reach import Reach, Ring
 from ..nn.state_space import StateSpaceLayer
@@ -168,7 +168,7 @@ class SsmMixer(nn.Module):
         super().__init__()
         self.ssm = build_ssm(config)
         self.activation = ACT2FN[config.hidden_act]
-        self.output = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.output = Linear(config.hidden_size, 2 * config.hidden_size)
 
     def forward(self, x: Tensor, *, state: Tensor | None = None, **context: Any) -> Tensor | tuple[Tensor, Tensor]:
         mixed, state = run_ssm(self.ssm, x, state, context)
@@ -195,7 +195,7 @@ class SpadeMixer(nn.Module):
             self.ssm_norm = build_norm(config.norm, width, config.layer_norm_eps)
             self.attention_norm = build_norm(config.norm, width, config.layer_norm_eps)
         if self.combine == "concat":
-            self.aggregate = nn.Linear(2 * width, width)
+            self.aggregate = Linear(2 * width, width)
 
     def forward(
         self, x: Tensor, *, state: dict[str, Any] | None = None, **context: Any

@@ -23,6 +23,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..nn.linear import Linear
 from ..nn.mask import matching_ids, padding_is_outside, real_tokens
 from ..nn.norm import build_norm
 from ..nn.state_space import StateSpaceLayer
@@ -38,8 +39,8 @@ from .vocabulary import IGNORED, AdaptiveEmbedding, AdaptiveHead, sum_of_losses
 class SpadeFeedForward(nn.Module):
     def __init__(self, config: SpadeConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
         dropout = config.dropout if config.activation_dropout is None else config.activation_dropout
         self.dropout = nn.Dropout(dropout)
@@ -373,7 +374,7 @@ class SpadeLanguageModel(SpadePreTrainedModel):
         super().__init__(config)
         self.model = self.backbone(config)
         if config.adaptive_cutoffs is None:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         else:
             self._tied_weights_keys = {}  # the head reads the embedding's weights itself
             self.adaptive_head = AdaptiveHead(config)

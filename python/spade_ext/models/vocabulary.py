@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
+
+from ..nn.linear import Linear, linear
 
 if TYPE_CHECKING:
     from .configuration_spade import SpadeConfig
@@ -52,7 +54,7 @@ class AdaptiveBand(nn.Module):
     def __init__(self, size: int, dim: int, width: int, padding_idx: int | None):
         super().__init__()
         self.embedding = nn.Embedding(size, dim, padding_idx=padding_idx)
-        self.projection = nn.Linear(dim, width, bias=False)
+        self.projection = Linear(dim, width, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.projection(self.embedding(ids))
@@ -118,7 +120,7 @@ class AdaptiveHead(nn.Module):
 
     def __init__(self, config: "SpadeConfig"):
         super().__init__()
-        self.bands = nn.Linear(config.hidden_size, len(config.adaptive_cutoffs), bias=False)
+        self.bands = Linear(config.hidden_size, len(config.adaptive_cutoffs), bias=False)
         self.dropout = nn.Dropout(config.adaptive_dropout)
 
     def reset_parameters(self) -> None:

@@ -2,6 +2,7 @@
 
 from .ema import EMA
 from .gated_attention import GatedAttention
+from .linear import Linear
 from .local_attention import LocalAttention
 from .position import AlibiBias, RelativePositionBias, RotaryBias, SimpleBias
 from .s4 import S4
@@ -12,6 +13,7 @@ __all__ = [
     "S4",
     "AlibiBias",
     "GatedAttention",
+    "Linear",
     "LocalAttention",
     "RelativePositionBias",
     "RotaryBias",

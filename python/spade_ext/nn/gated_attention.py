@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from .ema import EMA
+from .linear import Linear
 from .mask import real_token, real_tokens
 from .norm import Norm, build_norm
 from .position import SimpleBias, build_position_bias
@@ -79,9 +80,9 @@ class GatedAttention(Reach):
         self.activation, self.prenorm = activation, prenorm
         self.norm = nn.Identity() if norm is None else build_norm(norm, d_model)
         self.ema = EMA(d_model, n_dim, bidirectional=not self.causal, truncation=truncation)
-        self.v_proj = nn.Linear(d_model, h_dim)
-        self.mx_proj = nn.Linear(d_model, z_dim + h_dim + 2 * d_model)
-        self.h_proj = nn.Linear(h_dim, d_model)
+        self.v_proj = Linear(d_model, h_dim)
+        self.mx_proj = Linear(d_model, z_dim + h_dim + 2 * d_model)
+        self.h_proj = Linear(h_dim, d_model)
         self.gamma = nn.Parameter(torch.empty(2, z_dim))  # of queries, of keys
         self.beta = nn.Parameter(torch.empty(2, z_dim))
         reach = chunk_size or (max(window) + 1 if window else max_positions)

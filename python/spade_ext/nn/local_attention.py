@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .linear import Linear
 from .mask import real_token, real_tokens
 from .position import Position, build_position_bias, rotate, row_table
 from .reach import Reach, Ring, places_from_first
@@ -57,8 +58,8 @@ class LocalAttention(Reach):
         self.rope = position == "rope"
         if self.rope and d_model // n_heads % 2:
             raise ValueError(f"position is 'rope', expected another one for heads of odd width {d_model // n_heads}")
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.o = nn.Linear(d_model, d_model, bias=False)
+        self.qkv = Linear(d_model, 3 * d_model, bias=False)
+        self.o = Linear(d_model, d_model, bias=False)
         self.position = build_position_bias(
             None if self.rope else position,
             n_heads,

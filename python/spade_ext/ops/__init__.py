@@ -9,6 +9,7 @@ from .diagonal import (
     diagonal_step,
     diagonal_step_ref,
 )
+from .linear_step import linear_step, linear_step_ref
 from .local_attention import (
     local_attention,
     local_attention_ref,
@@ -25,6 +26,8 @@ __all__ = [
     "diagonal_scan_ref",
     "diagonal_step",
     "diagonal_step_ref",
+    "linear_step",
+    "linear_step_ref",
     "local_attention",
     "local_attention_ref",
     "local_attention_step",

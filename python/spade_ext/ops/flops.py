@@ -160,3 +160,8 @@ def local_attention_step(q: Shape, v: Shape, k_cache: Shape, **rest: Any) -> int
     """Of a full ring."""
     B, H, D = q
     return 2 * (D + v[-1]) * B * H * k_cache[1]
+
+
+@formula
+def linear_step(x: Shape, weight: Shape, **rest: Any) -> int:
+    return 2 * math.prod(x[:-1]) * math.prod(weight)

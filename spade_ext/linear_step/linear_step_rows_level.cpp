@@ -1,0 +1,60 @@
+// Compiled once a level, with CPU_CAPABILITY naming it (core/row_products_level.cpp).
+#include <spade_ext/core/vectors.h>
+#include <spade_ext/linear_step/linear_step_rows.h>
+
+namespace spade_ext::CPU_CAPABILITY {
+namespace {
+
+constexpr int kRows = 4;  // of x at a time
+
+template <class T>
+T total(const Pair<T>& sum) {
+  T lanes[kLanes<T>], total = 0;
+  (sum.first + sum.second).store(lanes);
+  for (T lane : lanes) total += lane;
+  return total;
+}
+
+// Row n of the weight, a single stream from memory, with `rows` rows of x from `row` on.
+template <int rows, class scalar_t, class T = at::opmath_type<scalar_t>>
+void multiply_row(const LinearStepTask<scalar_t>& task, int64_t n, int64_t row) {
+  const scalar_t* weight = task.weight + n * task.weight_stride;
+  const T* x = task.x + row * task.K;
+  Pair<T> sum[rows];
+  auto add = [&](int64_t k, const auto& load) {
+    const Pair<T> w = load(weight + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const Pair<T> values = load(x + r * task.K + k);
+      sum[r].first = at::vec::fmadd(w.first, values.first, sum[r].first);
+      sum[r].second = at::vec::fmadd(w.second, values.second, sum[r].second);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kPanel<T> <= task.K; k += kPanel<T>) add(k, [](const auto* from) { return load_pair(from); });
+  if (k < task.K) add(k, [&](const auto* from) { return load_pair(from, task.K - k); });
+  const T bias = task.bias ? static_cast<T>(task.bias[n]) : T(0);
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r)
+    task.out[(row + r) * task.N + n] = static_cast<scalar_t>(total(sum[r]) + bias);
+}
+
+template <class scalar_t>
+void multiply(const LinearStepTask<scalar_t>& task, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    int64_t row = 0;
+    for (; row + kRows <= task.rows; row += kRows) multiply_row<kRows>(task, n, row);
+    if (task.rows - row == 3) multiply_row<3>(task, n, row);
+    if (task.rows - row == 2) multiply_row<2>(task, n, row);
+    if (task.rows - row == 1) multiply_row<1>(task, n, row);
+  }
+}
+
+}  // namespace
+
+extern const LinearStepRows<double> linear_step_rows_double = {multiply<double>};
+extern const LinearStepRows<float> linear_step_rows_float = {multiply<float>};
+extern const LinearStepRows<at::Half> linear_step_rows_half = {multiply<at::Half>};
+extern const LinearStepRows<at::BFloat16> linear_step_rows_bfloat16 = {multiply<at::BFloat16>};
+
+}  // namespace spade_ext::CPU_CAPABILITY
