@@ -8,7 +8,18 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 REPORT = FOLDER.parent / "docs" / "benchmarks.md"
-NAMES = ("long_conv", "diagonal", "s4", "local_attention", "state_space", "scan_or_fft", "models", "lengths")
+NAMES = (
+    "long_conv",
+    "diagonal",
+    "s4",
+    "local_attention",
+    "linear_step",
+    "decode",
+    "state_space",
+    "scan_or_fft",
+    "models",
+    "lengths",
+)
 HEADER = "# Benchmarks\nWritten by `python benchmarks/report.py`.\n\n"
 
 

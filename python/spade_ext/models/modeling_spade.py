@@ -147,7 +147,9 @@ class SpadePreTrainedModel(PreTrainedModel):
         elif isinstance(module, SpadeMixer):
             if module.combine in ("concat", "add"):
                 init.constant_(module.ssm_norm.weight, module.ssm_init_scale)
-        elif hasattr(module, "reset_parameters") and not type(module).__module__.startswith("torch.nn."):
+        elif isinstance(module, Linear) or type(module).__module__.startswith("torch.nn."):
+            pass  # as transformers has made them
+        elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
 
