@@ -58,6 +58,6 @@ def test_every_linear_of_a_layer_is_adapted(name):
         path.rpartition(".")[2]
         for layer in layers
         for path, module in layer.named_modules()
-        if type(module) is torch.nn.Linear
+        if isinstance(module, torch.nn.Linear)
     }
     assert linears == {"base_layer", "default"}  # the frozen weights and the two factors of the adapter

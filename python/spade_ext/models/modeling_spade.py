@@ -319,17 +319,17 @@ class SpadeModel(SpadePreTrainedModel):
             self._begin(cache, x)
         x = self._at_positions(x, position_ids, mask, segment_ids, cache)
         shared_bias = self._shared_bias(x.size(1), cache)
-        source = {}
+        encoder_mask = None
         if encoder_hidden_states is not None:
             encoder_mask = real_tokens(encoder_attention_mask, encoder_hidden_states)
-            source = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_mask}
-            source["cache"] = whole if isinstance(whole, EncoderDecoderCache) else None
+        # By place: reentrant activation checkpointing finds no gradient of what is passed by name.
+        source = encoder_hidden_states, encoder_mask, whole if isinstance(whole, EncoderDecoderCache) else None
         for index, layer in enumerate(self.layers):
             if cache is None:
-                x = layer(x, mask, segment_ids, shared_bias, **source)
+                x = layer(x, mask, segment_ids, shared_bias, None, *source)
             else:
                 held = cache.layers[index]
-                x, held.state = layer(x, mask, segment_ids, shared_bias, held.state, **source)
+                x, held.state = layer(x, mask, segment_ids, shared_bias, held.state, *source)
         if cache is not None:
             cache.positions = cache.positions + (x.size(1) if mask is None else mask.sum(1))
             cache.tokens += x.size(1)
