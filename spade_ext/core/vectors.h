@@ -29,8 +29,12 @@ C10_ALWAYS_INLINE Pair<T> load_pair(const scalar_t* x) {
   if constexpr (std::is_same_v<scalar_t, T>) {
     return {Vectorized<T>::loadu(x), Vectorized<T>::loadu(x + kLanes<T>)};
   } else {
-    const auto [first, second] = at::vec::convert_to_float(Vectorized<scalar_t>::loadu(x));
-    return {first, second};
+    Pair<T> pair;  // not by convert_to_float, whose tuple GCC keeps in memory
+    if constexpr (std::is_same_v<scalar_t, at::BFloat16>)
+      at::vec::load_fp32_from_bf16(x, pair.first, pair.second);
+    else
+      at::vec::load_fp32_from_fp16(x, pair.first, pair.second);
+    return pair;
   }
 }
 

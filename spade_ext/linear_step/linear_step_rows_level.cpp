@@ -8,9 +8,9 @@ namespace {
 constexpr int kRows = 4;  // of x at a time
 
 template <class T>
-T total(const Pair<T>& sum) {
+T total(const Vectorized<T>& sum) {
   T lanes[kLanes<T>], total = 0;
-  (sum.first + sum.second).store(lanes);
+  sum.store(lanes);
   for (T lane : lanes) total += lane;
   return total;
 }
@@ -18,25 +18,34 @@ T total(const Pair<T>& sum) {
 // Row n of the weight, a single stream from memory, with `rows` rows of x from `row` on.
 template <int rows, class scalar_t, class T = at::opmath_type<scalar_t>>
 void multiply_row(const LinearStepTask<scalar_t>& task, int64_t n, int64_t row) {
+  using Vec = Vectorized<T>;
   const scalar_t* weight = task.weight + n * task.weight_stride;
   const T* x = task.x + row * task.K;
-  Pair<T> sum[rows];
-  auto add = [&](int64_t k, const auto& load) {
-    const Pair<T> w = load(weight + k);
+  Vec first[rows], second[rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) first[r] = second[r] = Vec(T(0));
+  int64_t k = 0;
+  for (; k + kPanel<T> <= task.K; k += kPanel<T>) {
+    const Pair<T> w = load_pair(weight + k);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-      const Pair<T> values = load(x + r * task.K + k);
-      sum[r].first = at::vec::fmadd(w.first, values.first, sum[r].first);
-      sum[r].second = at::vec::fmadd(w.second, values.second, sum[r].second);
+      const T* values = x + r * task.K + k;
+      first[r] = at::vec::fmadd(w.first, Vec::loadu(values), first[r]);
+      second[r] = at::vec::fmadd(w.second, Vec::loadu(values + kLanes<T>), second[r]);
     }
-  };
-  int64_t k = 0;
-  for (; k + kPanel<T> <= task.K; k += kPanel<T>) add(k, [](const auto* from) { return load_pair(from); });
-  if (k < task.K) add(k, [&](const auto* from) { return load_pair(from, task.K - k); });
+  }
+  if (k < task.K) {
+    const Pair<T> w = load_pair(weight + k, task.K - k);
+    for (int r = 0; r < rows; ++r) {
+      const Pair<T> values = load_pair(x + r * task.K + k, task.K - k);
+      first[r] = at::vec::fmadd(w.first, values.first, first[r]);
+      second[r] = at::vec::fmadd(w.second, values.second, second[r]);
+    }
+  }
   const T bias = task.bias ? static_cast<T>(task.bias[n]) : T(0);
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r)
-    task.out[(row + r) * task.N + n] = static_cast<scalar_t>(total(sum[r]) + bias);
+    task.out[(row + r) * task.N + n] = static_cast<scalar_t>(total(first[r] + second[r]) + bias);
 }
 
 template <class scalar_t>
