@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..ops import linear_step
 
-# The most rows for which the op is not slower than torch's Linear in float32 and bfloat16 (benchmarks/linear_step.py).
-ROWS_LIMIT = 4
+# The most rows for which the op is not slower than torch's Linear (benchmarks/linear_step.py).
+ROWS_LIMIT = {torch.float64: 8, torch.float32: 8, torch.float16: 2, torch.bfloat16: 2}
 
 
 def takes_step(x: Tensor, weight: Tensor) -> bool:
@@ -20,7 +20,7 @@ def takes_step(x: Tensor, weight: Tensor) -> bool:
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and weight.stride(1) == 1
-        and math.prod(x.shape[:-1]) <= ROWS_LIMIT
+        and math.prod(x.shape[:-1]) <= ROWS_LIMIT.get(x.dtype, -1)
         and not torch.is_autocast_enabled("cpu")
     )
 
