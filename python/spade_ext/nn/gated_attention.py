@@ -155,9 +155,7 @@ class GatedAttention(Reach):
         if state is None:
             m, ring = self.ema(normed, mask, segment_ids), None
         else:
-            self.check_has_states()
-            if segment_ids is not None:
-                raise ValueError("segment_ids is given, expected None where a state is")
+            self.check_goes_on(segment_ids)
             average, ring = state
             m, average = self.ema(normed, mask, state=average)
         u, q, k, v, r, g = self.projections(normed, m)

@@ -114,9 +114,7 @@ class LocalAttention(Reach):
         if x.dim() != 3 or x.size(-1) != self.d_model:
             raise ValueError(f"x has shape {list(x.shape)}, expected (B, L, {self.d_model})")
         if state is not None:
-            self.check_has_states()
-            if segment_ids is not None:
-                raise ValueError("segment_ids is given, expected None where a state is")
+            self.check_goes_on(segment_ids)
         if position_bias is None:
             position_bias = self.position_bias(x.size(1), state)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)

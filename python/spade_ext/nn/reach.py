@@ -83,6 +83,12 @@ class Reach(nn.Module):
         if not self.causal:
             raise ValueError("causal is False, expected True for a state")
 
+    def check_goes_on(self, segment_ids: Tensor | None) -> None:
+        """Refuses packed rows beside a state, and a state where there can be none."""
+        self.check_has_states()
+        if segment_ids is not None:
+            raise ValueError("segment_ids is given, expected None where a state is")
+
     def check_has_steps(self) -> None:
         self.check_has_states()
         if not self.has_steps:
