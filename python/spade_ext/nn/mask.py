@@ -18,6 +18,11 @@ def real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
     return attention_mask.bool()
 
 
+def ends_are_real(mask: Tensor) -> bool:
+    """Whether all padding of mask (B, L) is before the real tokens of its row."""
+    return bool((mask[:, 1:] | ~mask[:, :-1]).all())
+
+
 def padding_is_outside(mask: Tensor) -> bool:
     """Whether no row of mask (B, L), True at real tokens, has padding between them."""
     ends = (mask & ~nn.functional.pad(mask[:, 1:], (0, 1))).sum(1)

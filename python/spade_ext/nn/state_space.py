@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .mask import ids_or_rows, matching_ids, real_token, real_tokens
+from .mask import ends_are_real, ids_or_rows, matching_ids, real_token, real_tokens
 from .packing import Documents
 
 Value = TypeVar("Value")
@@ -224,11 +224,6 @@ class StateSpaceLayer(nn.Module, ABC):
             return moved if moved.dtype not in (torch.float16, torch.bfloat16) else t.to(moved.device)
 
         return super()._apply(keep_precision, recurse)
-
-
-def ends_are_real(mask: Tensor) -> bool:
-    """Whether all padding of mask (B, L) is before the real tokens of its row."""
-    return bool((mask[:, 1:] | ~mask[:, :-1]).all())
 
 
 @contextmanager
